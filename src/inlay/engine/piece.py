@@ -1,0 +1,174 @@
+"""What a method is made of: `Piece`, the module set into a host, and `Method`, the frozen description of it.
+
+A method file holds one `Method` (a frozen dataclass: what the user writes) and one `Piece` (an `nn.Module`: what
+computes). The engine knows neither by name: it asks the method for its sites and pieces, and calls the pieces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import ConfigError, UnsupportedError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from inlay.engine.controller import Controller
+    from inlay.engine.sites import Site, SiteIndex, Targets
+
+
+class Piece(nn.Module):
+    """One onion layer in a host: `forward(inner, x, ...)` calls `inner` and returns the output.
+
+    On a *parameter* site the host never calls `forward`; it reads `weight(W)` wherever the model reads W.
+
+    A piece whose effect is a change of the host's parameters also defines `weight` (and `bias`, if it touches it):
+    merging, unmerging and export follow from these. Weights are always given as the site shows them: a linear's W is
+    (out, in) even where the host stores it transposed (GPT-2's Conv1D).
+    """
+
+    def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the host's output; `inner` is the next piece, or the base module."""
+        return inner(*args, **kwargs)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """W' with this piece's effect folded in. Raises UnsupportedError where no such W' exists."""
+        raise UnsupportedError(
+            f"{type(self).__name__} is not a change of the weights, so it cannot be merged; keep it attached"
+        )
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        """The host's bias with this piece's effect folded in; most pieces leave it alone."""
+        return bias
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether `weight` is defined."""
+        return type(self).weight is not Piece.weight
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """This piece's tensors by their name in a checkpoint file, after the path of the host (see `Method.export`)."""
+        return dict(self.named_parameters())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way of adapting a model: where its pieces go and how to make one.
+
+    Subclasses are frozen dataclasses, one per file in `inlay/methods`, named in the field's terms. A subclass sets
+    `kind` (its registered name, equal to the file's), `hosts` (the site kinds it can sit in) and, unless it overrides
+    `sites`, `default_targets`.
+    """
+
+    kind: ClassVar[str]
+    hosts: ClassVar[frozenset[str]] = frozenset({"linear"})
+    default_targets: ClassVar[Any] = "all-linear"
+    peft_type: ClassVar[str | None] = None
+    paper: ClassVar[str] = ""
+
+    targets: Targets = None
+    """Where: roles ("query,value"), names, "re:…" patterns, a list of these, or a callable (site) -> bool."""
+    exclude: Targets = None
+    """Places to leave out, in the same grammar."""
+    layers: Any = None
+    """Only these layers: an index, a list of indices, or ranges such as "0-3,8"."""
+    overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """Other field values for some places: {"pattern": {"r": 16}}; the first pattern that matches wins."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" in cls.__dict__:
+            KINDS[cls.kind] = cls
+
+    # -- where -------------------------------------------------------------------------------------------------------
+
+    def sites(self, index: SiteIndex) -> list[Site]:
+        """The places this method sits in, in the model's order. Raises TargetError when a target matches nothing."""
+        return index.select(
+            self.targets if self.targets is not None else self.default_targets,
+            hosts=self.hosts,
+            exclude=self.exclude,
+            layers=self.layers,
+            what=type(self).__name__,
+        )
+
+    def at(self, site: Site) -> Method:
+        """This method with the overrides that apply at `site`."""
+        for pattern, changes in self.overrides.items():
+            if site.matches(pattern):
+                return self.replace(**changes)
+        return self
+
+    def replace(self, **changes: Any) -> Method:
+        """A copy with some fields changed; an unknown field is a ConfigError naming the nearest."""
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in names:
+                raise ConfigError(f"{type(self).__name__} has no field {name!r}{did_you_mean(name, names)}")
+        return dataclasses.replace(self, **changes)
+
+    # -- what --------------------------------------------------------------------------------------------------------
+
+    def piece(self, site: Site) -> Piece:
+        """A fresh piece for one site."""
+        raise NotImplementedError
+
+    def build(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Piece]]:
+        """Every piece of this method, site by site. Methods whose pieces share state override this."""
+        return [(site, self.at(site).piece(site)) for site in sites]  # type: ignore[attr-defined]
+
+    def controller(self, pieces: Mapping[str, Piece]) -> Controller | None:
+        """The object that takes part in the training loop, for methods that need one. Keys are site names."""
+        return None
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def export(self, pieces: Sequence[tuple[Site, Piece]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(tensors of `adapter_model.safetensors`, tensors of the second file that only Inlay reads)."""
+        tensors: dict[str, Tensor] = {}
+        for site, piece in pieces:
+            for name, tensor in piece.file_tensors().items():
+                tensors[f"base_model.model.{site.file_path}.{name}" if site.file_path else f"base_model.model.{name}"] = tensor
+        return tensors, {}
+
+    def import_(self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
+        """Copy the tensors of both files into the pieces, *removing* from the dicts what was used.
+
+        What is missing or of another shape is a CheckpointError here; what is left over is one in the caller.
+        """
+        from inlay.engine.checkpoint import take
+
+        expected, _ = self.export(pieces)
+        for key, destination in expected.items():
+            take(tensors, key, destination)
+
+    def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
+        """The fields of HF peft's `adapter_config.json` that describe this method at these sites."""
+        return {}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> list[Method]:
+        """The method, or methods, that a HF peft config describes."""
+        raise UnsupportedError(f"{cls.__name__} cannot be read from a HF peft config")
+
+
+KINDS: dict[str, type[Method]] = {}
+"""Methods whose file has been imported, by kind; `engine.registry` imports on demand."""
+
+
+def trainable_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for half-precision bases (the optimiser needs the bits), the base's own dtype otherwise."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) or not dtype.is_floating_point else dtype
+
+
+def reject_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raise ConfigError for the first name that is not known, with the nearest ones."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{where} has no field {name!r}{did_you_mean(name, known)}")

@@ -1,0 +1,47 @@
+"""Methods by name. A method's file is found by its name and imported on first use, so adding one edits nothing here."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from inlay.engine.piece import KINDS, Method
+from inlay.errors import ConfigError, did_you_mean
+
+PACKAGE = "inlay.methods"
+
+
+def kinds() -> list[str]:
+    """Every method's kind, which is the name of its file, sorted. Imports no method."""
+    spec = importlib.util.find_spec(PACKAGE)
+    assert spec is not None and spec.submodule_search_locations is not None
+    names = (module.name for module in pkgutil.iter_modules(spec.submodule_search_locations))
+    return sorted({name for name in names if not name.startswith("_")} | set(KINDS))
+
+
+def method_class(kind: str) -> type[Method]:
+    """The `Method` subclass registered as `kind`. Raises ConfigError, naming the nearest, when there is none."""
+    if kind not in KINDS:
+        if kind not in kinds():
+            raise ConfigError(f"there is no method {kind!r}{did_you_mean(kind, kinds())} (`inlay methods` lists them all)")
+        importlib.import_module(f"{PACKAGE}.{kind}")
+    return KINDS[kind]
+
+
+def all_methods() -> list[type[Method]]:
+    """Every method, in the order of their kinds. Imports them all."""
+    return [method_class(kind) for kind in kinds()]
+
+
+def make_method(kind: str, fields: Mapping[str, Any] | None = None) -> Method:
+    """A method from its kind and fields, as a run's YAML or an adapter's JSON gives them."""
+    cls = method_class(kind)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in fields or {}:
+        if name not in known:
+            raise ConfigError(f"method {kind} has no field {name!r}{did_you_mean(name, known)}; it has: {', '.join(known)}")
+    return cls(**dict(fields or {}))
