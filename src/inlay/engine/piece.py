@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inlay.errors import ConfigError, UnsupportedError, did_you_mean
+from inlay.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +31,13 @@ class Piece(nn.Module):
     merging, unmerging and export follow from these. Weights are always given as the site shows them: a linear's W is
     (out, in) even where the host stores it transposed (GPT-2's Conv1D).
     """
+
+    parameter: str | None = None
+    """The host's parameter that this piece stands for (set by the host); None for a layer around the host's call."""
+    stored: bool = False
+    """True when `weight(W)` merely returns a tensor that the piece keeps, so that nothing is gained by caching it."""
+    replaces: bool = False
+    """True when `weight(W)` does not depend on W: a trained copy."""
 
     def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the host's output; `inner` is the next piece, or the base module."""
@@ -54,6 +61,12 @@ class Piece(nn.Module):
     def file_tensors(self) -> dict[str, Tensor]:
         """This piece's tensors by their name in a checkpoint file, after the path of the host (see `Method.export`)."""
         return dict(self.named_parameters())
+
+    def load_file_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over tensors of the names and shapes that `file_tensors` gives."""
+        with torch.no_grad():
+            for name, parameter in self.file_tensors().items():
+                parameter.copy_(tensors[name])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +135,12 @@ class Method:
         """Every piece of this method, site by site. Methods whose pieces share state override this."""
         return [(site, self.at(site).piece(site)) for site in sites]  # type: ignore[attr-defined]
 
+    def on_attach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
+        """Called once the pieces sit in the model, for methods that must also set something on it."""
+
+    def on_detach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
+        """Called before the pieces leave: undo what `on_attach` did."""
+
     def controller(self, pieces: Mapping[str, Piece]) -> Controller | None:
         """The object that takes part in the training loop, for methods that need one. Keys are site names."""
         return None
@@ -132,20 +151,28 @@ class Method:
         """(tensors of `adapter_model.safetensors`, tensors of the second file that only Inlay reads)."""
         tensors: dict[str, Tensor] = {}
         for site, piece in pieces:
-            for name, tensor in piece.file_tensors().items():
-                tensors[f"base_model.model.{site.file_path}.{name}" if site.file_path else f"base_model.model.{name}"] = tensor
+            tensors |= {self.file_key(site, name): tensor for name, tensor in piece.file_tensors().items()}
         return tensors, {}
+
+    def file_key(self, site: Site, name: str) -> str:
+        """The key of a piece's tensor in the file: HF peft's rule, `base_model.model.<path of the host>.<name>`."""
+        return ".".join(("base_model.model", *filter(None, (site.file_path, name))))
 
     def import_(self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
         """Copy the tensors of both files into the pieces, *removing* from the dicts what was used.
 
         What is missing or of another shape is a CheckpointError here; what is left over is one in the caller.
         """
-        from inlay.engine.checkpoint import take
+        for site, piece in pieces:
+            found = {
+                name: take(tensors, self.file_key(site, name), tensor.shape)
+                for name, tensor in piece.file_tensors().items()
+            }
+            piece.load_file_tensors(found)
 
-        expected, _ = self.export(pieces)
-        for key, destination in expected.items():
-            take(tensors, key, destination)
+    def rides_with(self, methods: Sequence[Method]) -> bool:
+        """Whether HF peft keeps this method inside the file of another of these methods."""
+        return False
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
         """The fields of HF peft's `adapter_config.json` that describe this method at these sites."""
@@ -159,6 +186,19 @@ class Method:
 
 KINDS: dict[str, type[Method]] = {}
 """Methods whose file has been imported, by kind; `engine.registry` imports on demand."""
+
+
+def take(tensors: dict[str, Tensor], key: str, shape: torch.Size) -> Tensor:
+    """Remove and return `tensors[key]`; a CheckpointError when it is missing or of another shape."""
+    if key not in tensors:
+        raise CheckpointError(f"the adapter file has no tensor {key!r}{did_you_mean(key, tensors)}")
+    tensor = tensors.pop(key)
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"the tensor {key!r} has shape {tuple(tensor.shape)} in the adapter file, but this model needs {tuple(shape)}: "
+            "the file was made for another base model or another rank"
+        )
+    return tensor
 
 
 def trainable_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,64 @@
+"""Inlay: parameter-efficient and few-shot fine-tuning, measured rather than claimed.
+
+The public names and nothing else, each imported on first use: `import inlay` costs no torch. Verbs of the engine are
+listed here; methods (`inlay.LoRA`, …) are found in `inlay/methods`, one file each.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+_PLACES = {
+    "attach": "inlay.engine.adapters",
+    "detach": "inlay.engine.adapters",
+    "activate": "inlay.engine.adapters",
+    "active": "inlay.engine.adapters",
+    "using": "inlay.engine.adapters",
+    "disabled": "inlay.engine.adapters",
+    "trainable": "inlay.engine.adapters",
+    "controllers": "inlay.engine.adapters",
+    "merge": "inlay.engine.adapters",
+    "unmerge": "inlay.engine.adapters",
+    "summary": "inlay.engine.summary",
+    "save": "inlay.engine.checkpoint",
+    "load": "inlay.engine.checkpoint",
+    "Method": "inlay.engine.piece",
+    "Piece": "inlay.engine.piece",
+    "Controller": "inlay.engine.controller",
+    "Site": "inlay.engine.sites",
+    "SiteIndex": "inlay.engine.sites",
+    "InlayError": "inlay.errors",
+}
+
+_METHOD = re.compile(r"^@dataclasses\.dataclass\(frozen=True, kw_only=True\)\nclass (\w+)\(", re.MULTILINE)
+
+
+@functools.cache
+def _methods() -> dict[str, str]:
+    """Method classes and the module each is in, read off the files without importing them."""
+    folder = Path(__file__).parent / "methods"
+    found: dict[str, str] = {}
+    for file in sorted(folder.glob("[!_]*.py")):
+        for name in _METHOD.findall(file.read_text(encoding="utf-8")):
+            found[name] = f"inlay.methods.{file.stem}"
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    module = _PLACES.get(name) or _methods().get(name)
+    if module is None:
+        raise AttributeError(f"module 'inlay' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+__all__ = sorted([*_PLACES, *_methods()])  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,0 +1,281 @@
+"""The adapters of one model and their three states: loaded, active, trainable.
+
+Loaded: the pieces sit in the model (`attach`, `load`, `detach`). Active: they run, in the order of activation, the first
+innermost (`activate`, `using`, `disabled`). Trainable: their parameters require gradients (`trainable`). Each state
+changes by its own verb and never as a side effect of another; `train()` and `eval()` change none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from inlay.engine.controller import Controller
+from inlay.engine.host import RESERVED, State, close_host, hosts, inlays_of, open_host, refresh_class
+from inlay.engine.piece import Method, Piece
+from inlay.engine.roles import new_heads
+from inlay.engine.sites import Site, SiteIndex, is_conv1d
+from inlay.engine.trained_copy import ModulesToSave
+from inlay.errors import AdapterError, ConfigError, did_you_mean
+
+ATTRIBUTE = "_inlay"
+"""Where a model keeps its `Adapters`: a plain attribute, so that it is copied and pickled with the model."""
+
+Placed = list[tuple[Site, Piece]]
+
+
+@dataclasses.dataclass
+class Adapter:
+    """One loaded adapter: its methods, and for each method the pieces that it put into the model."""
+
+    name: str
+    methods: tuple[Method, ...]
+    placed: list[Placed]
+    controllers: list[Controller]
+
+    def pieces(self) -> Iterator[tuple[Site, Piece]]:
+        """Every (site, piece) of every method."""
+        for placed in self.placed:
+            yield from placed
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapter's parameters, each once."""
+        found = {id(p): p for _, piece in self.pieces() for p in piece.parameters()}
+        return list(found.values())
+
+
+class Adapters:
+    """All adapters of one model, the state its hosts share, and what the model was before."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.state = State()
+        self.loaded: dict[str, Adapter] = {}
+        self.required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.originals: dict[str, dict[str, nn.Parameter | None]] = {}
+        """While merged: by host path, the base's own parameters, to be put back by `unmerge`."""
+
+    def get(self, name: str) -> Adapter:
+        """The adapter `name`; AdapterError when it is not loaded."""
+        if name not in self.loaded:
+            have = ", ".join(map(repr, self.loaded)) or "none"
+            raise AdapterError(f"no adapter {name!r} is loaded (loaded: {have}){did_you_mean(name, self.loaded)}")
+        return self.loaded[name]
+
+
+def find_adapters(model: nn.Module) -> Adapters | None:
+    """The model's adapters, or None when nothing is attached; sees through wrappers such as DistributedDataParallel."""
+    for module in model.modules():
+        found = module.__dict__.get(ATTRIBUTE)
+        if isinstance(found, Adapters):
+            return found
+    return None
+
+
+def adapters_of(model: nn.Module) -> Adapters:
+    """The model's adapters; AdapterError when nothing is attached."""
+    found = find_adapters(model)
+    if found is None:
+        raise AdapterError(f"nothing is attached to this {type(model).__name__}: call inlay.attach or inlay.load first")
+    return found
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The module that the adapters were attached to, inside any wrapper."""
+    for module in model.modules():
+        if ATTRIBUTE in module.__dict__:
+            return module
+    return model
+
+
+# -- loaded ------------------------------------------------------------------------------------------------------------
+
+
+def attach(
+    model: nn.Module,
+    methods: Method | Sequence[Method],
+    name: str = "default",
+    *,
+    modules_to_save: Sequence[str] | None = None,
+) -> nn.Module:
+    """Set the pieces of `methods` into `model`, in place, as one adapter; returns the same model.
+
+    The base is frozen and its bits are never written. The new adapter is trainable, and active on top of those that
+    already are. Heads that a task class put on the pretrained trunk (`classifier`, `score`, …) are trained and saved with
+    it unless `modules_to_save` says otherwise (`[]`: none; names: exactly these modules).
+
+    Raises TargetError when a target matches nothing, AdapterError when the name is taken, ConfigError for a name or a
+    field that cannot be used; then the model is as it was.
+    """
+    adapters = find_adapters(model) or Adapters(model)
+    model = base_model(model)
+    check_name(name, adapters)
+    methods = [methods] if isinstance(methods, Method) else list(methods)
+    if not methods:
+        raise ConfigError("attach was given no method: pass one, such as inlay.LoRA(r=8), or a list of them")
+    index = SiteIndex(model)
+    sites = [method.sites(index) for method in methods]
+    placed = [method.build(model, found) for method, found in zip(methods, sites, strict=True)]
+    saved = ModulesToSave(modules=tuple(_heads(model, placed) if modules_to_save is None else modules_to_save))
+    taken = {site.name for one in placed for site, piece in one if piece.replaces}
+    heads = [site for site in saved.sites(index) if site.name not in taken]
+    if heads:
+        methods.append(saved)
+        placed.append(saved.build(model, heads))
+    adapter = Adapter(name, tuple(methods), placed, [])
+    if not adapter.parameters():
+        raise ConfigError(f"{', '.join(type(m).__name__ for m in methods)} has nothing to train in {type(model).__name__}")
+    _insert(model, adapters, adapter)
+    return model
+
+
+def check_name(name: str, adapters: Adapters) -> None:
+    """Refuse names that cannot be folder and module names, names in use, and any attaching while merged."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in RESERVED:
+        raise ConfigError(f"{name!r} cannot name an adapter: use letters, digits, '_' and '-', as in 'law-2'")
+    if name in adapters.loaded:
+        raise AdapterError(f"an adapter {name!r} is loaded already: choose another name, or detach(model, {name!r}) first")
+    if adapters.state.merged:
+        raise AdapterError(f"adapters {list(adapters.state.merged)} are merged: call inlay.unmerge(model) first")
+
+
+def _heads(model: nn.Module, placed: Sequence[Placed]) -> list[str]:
+    """New heads, except those that a method was told to adapt in another way."""
+    adapted = {site.path for one in placed for site, piece in one if not piece.replaces}
+    return [head for head in new_heads(model) if not any(f"{path}.".startswith(f"{head}.") for path in adapted)]
+
+
+def _insert(model: nn.Module, adapters: Adapters, adapter: Adapter) -> None:
+    model.__dict__.setdefault(ATTRIBUTE, adapters)
+    for parameter in model.parameters():
+        if not adapters.loaded:
+            parameter.requires_grad_(False)
+    for method, placed in zip(adapter.methods, adapter.placed, strict=True):
+        keyed: dict[str, Piece] = {}
+        for site, piece in placed:
+            inlays = open_host(site.module, adapters.state, is_conv1d(site.module))
+            inlays.insert(adapter.name, method.kind, piece, site.parameter)
+            inlays.train(site.module.training)
+            keyed[site.name] = piece
+        controller = method.controller(keyed)
+        if controller is not None:
+            adapter.controllers.append(controller)
+    for site, _ in adapter.pieces():
+        refresh_class(site.module)
+    adapters.loaded[adapter.name] = adapter
+    adapters.state.active = (*adapters.state.active, adapter.name)
+    for method, placed in zip(adapter.methods, adapter.placed, strict=True):
+        method.on_attach(model, placed)
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take one adapter (default: all) out. With the last one gone, the model is as it was before the first `attach`:
+    classes, state-dict keys, `requires_grad` and bits. A merged model is unmerged first."""
+    adapters = adapters_of(model)
+    model = base_model(model)
+    names = list(adapters.loaded) if name is None else [adapters.get(name).name]
+    unmerge(model)
+    for one in names:
+        adapter = adapters.loaded.pop(one)
+        adapters.state.active = tuple(active for active in adapters.state.active if active != one)
+        for method, placed in zip(adapter.methods, adapter.placed, strict=True):
+            method.on_detach(model, placed)
+        for site, _ in adapter.pieces():
+            inlays = inlays_of(site.module)
+            if inlays is None:
+                continue
+            inlays.remove(one)
+            if inlays._modules:
+                refresh_class(site.module)
+            else:
+                close_host(site.module)
+    if not adapters.loaded:
+        del model.__dict__[ATTRIBUTE]
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(adapters.required_grad.get(parameter_name, parameter.requires_grad))
+    return model
+
+
+# -- active ------------------------------------------------------------------------------------------------------------
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Make exactly these adapters active, the first innermost; with no name, none: the base model."""
+    adapters = adapters_of(model)
+    wanted = tuple(adapters.get(name).name for name in names)
+    if len(set(wanted)) != len(wanted):
+        raise AdapterError(f"activate was given an adapter twice: {list(wanted)}")
+    if adapters.state.merged and wanted != adapters.state.active:
+        raise AdapterError(f"adapters {list(adapters.state.merged)} are merged: call inlay.unmerge(model) first")
+    adapters.state.active = wanted
+
+
+@contextlib.contextmanager
+def using(model: nn.Module, *names: str) -> Iterator[nn.Module]:
+    """Within the block, exactly these adapters are active; afterwards, those that were."""
+    before = adapters_of(model).state.active
+    activate(model, *names)
+    try:
+        yield model
+    finally:
+        activate(model, *before)
+
+
+def disabled(model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+    """Within the block no adapter is active: outputs are the base's, bit for bit. What is trainable stays so."""
+    return using(model)
+
+
+def active(model: nn.Module) -> tuple[str, ...]:
+    """The active adapters in the order of composition."""
+    return adapters_of(model).state.active
+
+
+# -- trainable ---------------------------------------------------------------------------------------------------------
+
+
+def trainable(model: nn.Module, *names: str) -> None:
+    """Make exactly these adapters trainable, and no other; with no name, none."""
+    adapters = adapters_of(model)
+    wanted = {id(p) for name in names for p in adapters.get(name).parameters()}
+    for adapter in adapters.loaded.values():
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(id(parameter) in wanted)
+
+
+def controllers(model: nn.Module) -> list[Controller]:
+    """The controllers of the active adapters, for a training loop to call."""
+    adapters = adapters_of(model)
+    return [controller for name in adapters.state.active for controller in adapters.loaded[name].controllers]
+
+
+# -- merged ------------------------------------------------------------------------------------------------------------
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold the active adapters into the weights; outputs stay the same (to rounding) and cost what the base costs.
+
+    The base's own parameters are kept aside, so `unmerge` restores the very bits. Raises UnsupportedError, before
+    anything is changed, when an active adapter holds a piece that is not a change of the weights.
+    """
+    from inlay.engine.merging import merged_parameters, swap
+
+    adapters = adapters_of(model)
+    if adapters.state.merged:
+        return model
+    swap(base_model(model), adapters, merged_parameters(base_model(model), adapters))
+    adapters.state.merged = adapters.state.active
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Put back the parameters that `merge` set aside: the same tensors, so the same bits."""
+    adapters = adapters_of(model)
+    for path, module, _ in hosts(base_model(model)):
+        for name, parameter in adapters.originals.pop(path, {}).items():
+            module._parameters[name] = parameter
+    adapters.state.merged = ()
+    return model

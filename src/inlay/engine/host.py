@@ -1,0 +1,310 @@
+"""The host: a module of the user's model whose class was specialised in place so that pieces can sit in it.
+
+`nn.Linear` becomes a subclass of `nn.Linear` (built once per base class, generic, never per architecture) with the same
+name and one more child, `inlays`. Its `forward` is an onion of the active pieces around the base's own `forward`; its
+adapted parameters read as the pieces' `weight(W)`. Nothing else changes: isinstance, hooks, the path and the bits of
+every parameter, and the base's state-dict keys stay as they were.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from inlay.engine.piece import Piece
+
+CHILD = "inlays"
+"""The name of the child that holds a host's pieces: `host.inlays.<adapter>.<piece>`."""
+
+
+class State:
+    """What all hosts of one model share: which adapters are active, in the order of composition, and which merged.
+
+    Switching replaces one tuple here; hosts notice by identity at their next call.
+    """
+
+    def __init__(self) -> None:
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The adapters whose pieces run: those active, unless their effect is in the weights already."""
+        return () if self.merged else self.active
+
+
+class Inner:
+    """What a piece receives as `inner`: the rest of the onion, callable, with the weight that it amounts to."""
+
+    def __init__(self, inlays: Inlays, base: Callable[..., Any], piece: Piece | None, inner: Inner | None) -> None:
+        self.inlays = inlays
+        self.base = base
+        self.piece = piece
+        self.inner = inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.piece is None:
+            return self.base(*args, **kwargs)
+        return self.piece(self.inner, *args, **kwargs)
+
+    @property
+    def module(self) -> nn.Module:
+        """The host: what the base module knows of itself (strides, padding, sizes)."""
+        host: nn.Module = self.inlays._host
+        return host
+
+    @property
+    def plain(self) -> bool:
+        """True when nothing lies between the piece and the base module."""
+        return self.piece is None
+
+    def weight(self) -> Tensor:
+        """The weight that this part of the onion amounts to, (out, in) for linears. Raises where there is none."""
+        if self.piece is None or self.inner is None:
+            weight: Tensor = self.inlays.value("weight", self.inlays.original("weight"))
+            return weight.T if self.inlays.transposed else weight
+        return self.piece.weight(self.inner.weight())
+
+    def bias(self) -> Tensor | None:
+        """The bias that this part of the onion amounts to."""
+        if self.piece is None or self.inner is None:
+            return self.inlays.bias_value()
+        return self.piece.bias(self.inner.bias())
+
+
+class Inlays(nn.Module):
+    """The pieces of one host: `inlays.<adapter>` is a ModuleDict of pieces, whichever adapter is active."""
+
+    def __init__(self, host: nn.Module, state: State, transposed: bool) -> None:
+        super().__init__()
+        self.state = state
+        self.transposed = transposed
+        self.own_forward: Callable[..., Any] | None = host.__dict__.pop("forward", None)
+        """A `forward` that somebody set on the instance (accelerate's device hooks do): it stays the innermost call."""
+        self.held: dict[str, Tensor] | None = None
+        self._forget()
+        object.__setattr__(self, "_host", host)
+
+    # -- contents ------------------------------------------------------------------------------------------------------
+
+    def insert(self, adapter: str, key: str, piece: Piece, parameter: str | None) -> str:
+        """Add a piece; returns the key it got (made unique within the adapter)."""
+        if adapter not in self._modules:
+            self.add_module(adapter, nn.ModuleDict())
+        shelf = self._modules[adapter]
+        assert isinstance(shelf, nn.ModuleDict)
+        key = f"{key}_{parameter}" if parameter is not None else key
+        unique, count = key, 1
+        while unique in shelf:
+            unique, count = f"{key}_{count}", count + 1
+        piece.parameter = parameter
+        shelf[unique] = piece
+        self._forget()
+        return unique
+
+    def remove(self, adapter: str) -> None:
+        """Take out every piece of one adapter."""
+        if adapter in self._modules:
+            del self._modules[adapter]
+        self._forget()
+
+    def pieces(self, adapters: tuple[str, ...], parameter: str | None) -> Iterator[Piece]:
+        """The pieces of these adapters, in order, that act on `parameter` (None: on the module's call)."""
+        for adapter in adapters:
+            shelf = self._modules.get(adapter)
+            if shelf is not None:
+                for piece in shelf.children():
+                    if isinstance(piece, Piece) and piece.parameter == parameter:
+                        yield piece
+
+    def parameters_touched(self) -> frozenset[str]:
+        """Names of the host's parameters that some loaded piece, active or not, stands for."""
+        shelves = [shelf for shelf in self._modules.values() if shelf is not None]
+        touched = (piece.parameter for shelf in shelves for piece in shelf.children() if isinstance(piece, Piece))
+        return frozenset(name for name in touched if name is not None)
+
+    # -- what the host asks at each call -------------------------------------------------------------------------------
+
+    def call(self) -> Inner:
+        """The onion of the running pieces, rebuilt only when the set of active adapters has changed."""
+        self._refresh()
+        assert self._onion is not None
+        return self._onion
+
+    def value(self, name: str, original: Tensor) -> Tensor:
+        """What the host's parameter `name` reads as while the active pieces stand for it."""
+        if self.held is not None and name in self.held:
+            return self.held[name]
+        self._refresh()
+        value = original
+        for piece in self._values.get(name, ()):
+            value = piece.weight(value)
+        return value.to(original.dtype)
+
+    def original(self, name: str) -> Tensor:
+        """The base's own parameter."""
+        parameter = self._host._parameters[name]
+        assert parameter is not None
+        return parameter
+
+    def bias_value(self) -> Tensor | None:
+        """The bias the base module reads, if it has one."""
+        bias = self._host._parameters.get("bias")
+        return None if bias is None else self.value("bias", bias)
+
+    def hold(self) -> dict[str, Tensor] | None:
+        """Values that are computed (not merely stored), so that one call of the host computes each of them once."""
+        self._refresh()
+        if not self._computed:
+            return None
+        return {name: self.value(name, self.original(name)) for name in self._computed}
+
+    def _refresh(self) -> None:
+        running = self.state.running
+        if self._seen is running or (self._seen is not None and self._seen == running):
+            return
+        host = self._host
+        base = self.own_forward
+        if base is None:
+            base = types.MethodType(base_class(type(host)).forward, host)
+        onion = Inner(self, base, None, None)
+        for piece in self.pieces(running, None):
+            onion = Inner(self, base, piece, onion)
+        values = {name: tuple(self.pieces(running, name)) for name in self.parameters_touched()}
+        self._onion = onion
+        self._values = {name: pieces for name, pieces in values.items() if pieces}
+        self._computed = tuple(name for name, pieces in self._values.items() if not all(p.stored for p in pieces))
+        self._seen = running
+
+    def _forget(self) -> None:
+        self._seen: tuple[str, ...] | None = None
+        self._onion: Inner | None = None
+        self._values: dict[str, tuple[Piece, ...]] = {}
+        self._computed: tuple[str, ...] = ()
+
+    # -- life outside the call -----------------------------------------------------------------------------------------
+
+    @property
+    def _forward_pre_hooks(self) -> dict[int, Any]:  # type: ignore[override]
+        """A pretence of a hook while pieces run: torch's fused TransformerEncoderLayer reads its children's weights
+        without calling them, which would leave the pieces out, and it steps aside where any child has a hook."""
+        return {0: None} if self.__dict__.get("state") is not None and self.state.running else {}
+
+    @_forward_pre_hooks.setter
+    def _forward_pre_hooks(self, value: Any) -> None:
+        pass
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for cache in ("_onion", "_seen"):
+            state[cache] = None
+        state.update(_values={}, _computed=(), held=None)
+        return state
+
+
+RESERVED = frozenset(dir(Inlays)) | {"state", "transposed", "own_forward", "held", "training"}
+"""Names that an adapter cannot have, because a host's `inlays` uses them itself."""
+
+
+@functools.cache
+def hosted(base: type[nn.Module], parameters: frozenset[str]) -> type[nn.Module]:
+    """The specialised subclass of `base` whose `parameters` read through their pieces; one per pair, ever."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inlays = self._modules[CHILD]
+        held = inlays.hold()  # type: ignore[union-attr, operator]
+        if held is None:
+            return inlays.call()(*args, **kwargs)  # type: ignore[union-attr, operator]
+        inlays.held = held  # type: ignore[union-attr, assignment]
+        try:
+            return inlays.call()(*args, **kwargs)  # type: ignore[union-attr, operator]
+        finally:
+            inlays.held = None  # type: ignore[union-attr, assignment]
+
+    namespace: dict[str, Any] = {
+        "forward": functools.wraps(base.forward)(forward),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+        "_inlay_base": base,
+        "_inlay_parameters": parameters,
+    }
+    for name in parameters:
+        namespace[name] = property(_reader(name))
+    return type(base.__name__, (base,), namespace)
+
+
+def _reader(name: str) -> Callable[[nn.Module], Any]:
+    def read(host: nn.Module) -> Any:
+        original = host._parameters[name]
+        inlays = host._modules.get(CHILD)
+        if inlays is None or original is None:
+            return original
+        return inlays.value(name, original)  # type: ignore[operator]
+
+    return read
+
+
+def _reduce(host: nn.Module, protocol: Any) -> Any:
+    """Pickle and deepcopy by the base class and the parameter names, since the subclass has no importable path."""
+    cls = type(host)
+    return _rebuild, (cls._inlay_base, cls._inlay_parameters), host.__getstate__()  # type: ignore[attr-defined]
+
+
+def _rebuild(base: type[nn.Module], parameters: frozenset[str]) -> nn.Module:
+    cls = hosted(base, parameters)
+    return cls.__new__(cls)
+
+
+def base_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class a host had before it was specialised (the class itself for any other module)."""
+    base: type[nn.Module] = getattr(cls, "_inlay_base", cls)
+    return base
+
+
+def inlays_of(module: nn.Module) -> Inlays | None:
+    """The pieces sitting in `module`, or None when it is no host."""
+    found = module._modules.get(CHILD)
+    return found if isinstance(found, Inlays) else None
+
+
+def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Inlays]]:
+    """Every host in the model: (path, module, its pieces)."""
+    for path, module in model.named_modules():
+        inlays = inlays_of(module)
+        if inlays is not None:
+            yield path, module, inlays
+
+
+def open_host(module: nn.Module, state: State, transposed: bool) -> Inlays:
+    """Make `module` a host (or return its pieces if it is one already)."""
+    inlays = inlays_of(module)
+    if inlays is None:
+        inlays = Inlays(module, state, transposed)
+        inlays.train(module.training)
+        module.add_module(CHILD, inlays)
+        refresh_class(module)
+    return inlays
+
+
+def refresh_class(module: nn.Module) -> None:
+    """Give a host the class that fits the parameters its pieces stand for."""
+    inlays = inlays_of(module)
+    assert inlays is not None
+    module.__class__ = hosted(base_class(type(module)), inlays.parameters_touched())
+
+
+def close_host(module: nn.Module) -> None:
+    """Make a host what it was: class, children, and a `forward` of its own if it had one."""
+    inlays = inlays_of(module)
+    assert inlays is not None
+    del module._modules[CHILD]
+    module.__class__ = base_class(type(module))
+    if inlays.own_forward is not None:
+        module.__dict__["forward"] = inlays.own_forward
+

@@ -1,0 +1,78 @@
+"""What is attached to a model: where, how many parameters, how many bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from inlay.engine.adapters import adapters_of, base_model
+from inlay.engine.host import CHILD
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The pieces of one method of one adapter."""
+
+    adapter: str
+    method: str
+    places: int
+    examples: tuple[str, ...]
+    parameters: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Counts in parameters and bytes; each tensor counts once, wherever it is shared."""
+
+    rows: tuple[Row, ...]
+    active: tuple[str, ...]
+    trainable_parameters: int
+    base_parameters: int
+    adapter_parameters: int
+    adapter_bytes: int
+
+    @property
+    def total_parameters(self) -> int:
+        """The base's parameters and those that were added or copied."""
+        return self.base_parameters + self.adapter_parameters
+
+    def __str__(self) -> str:
+        widths = [max(len(row.adapter) for row in self.rows), max(len(row.method) for row in self.rows)]
+        lines = [
+            f"{row.adapter:<{widths[0]}}  {row.method:<{widths[1]}}  {row.places:>4} places  "
+            f"{row.parameters:>12,} parameters  {row.bytes:>13,} bytes   {', '.join(row.examples)}"
+            for row in self.rows
+        ]
+        share = self.trainable_parameters / self.base_parameters if self.base_parameters else 0.0
+        lines.append(f"active: {', '.join(self.active) or 'none (the base model)'}")
+        lines.append(
+            f"trainable: {self.trainable_parameters:,} parameters, {share:.3%} of the base's {self.base_parameters:,}"
+        )
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Count what is attached. Raises AdapterError when nothing is."""
+    adapters = adapters_of(model)
+    model = base_model(model)
+    rows = []
+    for adapter in adapters.loaded.values():
+        for method, placed in zip(adapter.methods, adapter.placed, strict=True):
+            own = {id(p): p for _, piece in placed for p in piece.parameters()}.values()
+            names = list(dict.fromkeys(site.name or type(model).__name__ for site, _ in placed))
+            examples = tuple(names[:2] + (["…"] if len(names) > 2 else []))
+            count = sum(p.numel() for p in own)
+            rows.append(Row(adapter.name, method.kind, len(names), examples, count, sum(p.nbytes for p in own)))
+    parameters = dict(model.named_parameters())
+    base = sum(p.numel() for name, p in parameters.items() if CHILD not in name.split("."))
+    added = [p for name, p in parameters.items() if CHILD in name.split(".")]
+    return Summary(
+        rows=tuple(rows),
+        active=adapters.state.active,
+        trainable_parameters=sum(p.numel() for p in parameters.values() if p.requires_grad),
+        base_parameters=base,
+        adapter_parameters=sum(p.numel() for p in added),
+        adapter_bytes=sum(p.nbytes for p in added),
+    )

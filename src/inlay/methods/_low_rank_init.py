@@ -1,0 +1,80 @@
+"""How the two factors of a low-rank change start."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from inlay.engine.piece import trainable_dtype
+from inlay.engine.sites import Site
+from inlay.errors import ConfigError, UnsupportedError
+
+INITS = ("kaiming", "gaussian", "orthogonal", "olora", "pissa", "random")
+
+
+def factor_shapes(r: int, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of A and B at a site, as in `kernels.low_rank`. Raises ConfigError when the sizes do not divide."""
+    weight = site.weight
+    if site.kind == "embedding":
+        return (r, weight.shape[0]), (weight.shape[1], r)
+    if site.kind == "conv":
+        groups = int(getattr(site.module, "groups", 1))
+        if r % groups:
+            raise ConfigError(f"r={r} does not divide by the {groups} groups of the convolution {site.name}")
+        return (r, *weight.shape[1:]), (weight.shape[0], r // groups, *([1] * (weight.dim() - 2)))
+    if site.kind == "parameter" and weight.dim() == 3:
+        experts = weight.shape[0]
+        return (r * experts, site.in_features), (site.out_features, r * experts)
+    if site.kind == "parameter" and weight.dim() != 2:
+        raise UnsupportedError(f"{site.name} has shape {tuple(weight.shape)}: a low-rank change needs 2 or 3 dimensions")
+    return (r, site.in_features), (site.out_features, r)
+
+
+@torch.no_grad()
+def initial_factors(r: int, init: str, site: Site, scale: float) -> tuple[Tensor, Tensor, bool]:
+    """A and B, and whether their product must be kept and subtracted because it is not zero."""
+    shape_a, shape_b = factor_shapes(r, site)
+    dtype, device = trainable_dtype(site.dtype), site.device
+    a = torch.zeros(shape_a, dtype=dtype, device=device)
+    b = torch.zeros(shape_b, dtype=dtype, device=device)
+    if init == "random":
+        a.normal_(std=0.1)
+        b.normal_(std=0.1)
+        return a, b, False
+    if init == "kaiming":
+        if site.kind == "embedding":
+            b.normal_()
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        return a, b, False
+    if init == "gaussian":
+        (b if site.kind == "embedding" else a).normal_(std=1 / r)
+        return a, b, False
+    if site.kind != "linear":
+        raise UnsupportedError(f"init={init!r} factors the weight of a linear; {site.name} is a {site.kind}: use 'kaiming'")
+    if init == "orthogonal":
+        return *_orthogonal(a, b, r), False
+    weight = site.weight.detach().to(torch.float32)
+    weight = weight.T if site.transposed else weight
+    limit = min(weight.shape)
+    if r > limit:
+        raise ConfigError(f"init={init!r} takes r={r} directions of {site.name}, whose weight has only {limit}")
+    if init == "olora":
+        q, upper = torch.linalg.qr(weight)
+        return upper[:r].to(dtype).contiguous(), q[:, :r].to(dtype).contiguous(), True
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    root = torch.sqrt(s[:r] / scale)
+    return (root[:, None] * v[:r]).to(dtype).contiguous(), (u[:, :r] * root).to(dtype).contiguous(), True
+
+
+def _orthogonal(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A in the span of the even rows of a random orthogonal matrix, B in that of the odd ones: B A = 0."""
+    if r % 2:
+        raise ConfigError(f"init='orthogonal' needs an even rank, not r={r}")
+    q, _ = torch.linalg.qr(torch.randn(r, r, dtype=a.dtype, device=a.device))
+    even, odd = q[0::2], q[1::2]
+    a.copy_((torch.randn(a.shape[1], r // 2, dtype=a.dtype, device=a.device) @ even / 10).T)
+    b.copy_(torch.randn(b.shape[0], r // 2, dtype=b.dtype, device=b.device) @ odd / 10)
+    return a, b

@@ -1,0 +1,182 @@
+"""`train(run)`: from a description to a folder with an adapter, its measurements and how it came about."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from inlay.engine.adapters import attach, detach
+from inlay.engine.checkpoint import load, save
+from inlay.engine.summary import summary
+from inlay.errors import ConfigError, TrainingError
+from inlay.train import arguments
+from inlay.train.callbacks import Curve, Progress, Stop
+from inlay.train.chart import loss_chart
+from inlay.train.checkpoints import checkpoints, last_checkpoint, recover, step_of
+from inlay.train.files import MARKER, folder_bytes, staged, write_json, write_text
+from inlay.train.prepare import Prepared, prepare, same_run
+from inlay.train.record import RECORD_FILE, Record, device_name, model_card, peak_memory_bytes, versions
+from inlay.train.run import Run
+from inlay.train.trainer import BEST_FILE, Trainer, read_best
+
+RUN_FILE, TASK_FILE, CURVE_FILE, CHART_FILE = "run.yaml", "task.json", "metrics.jsonl", "loss.svg"
+LEFT_BY_A_RUN = (RUN_FILE, TASK_FILE, CURVE_FILE, CHART_FILE, RECORD_FILE, "README.md", "adapter", "checkpoints")
+
+
+class Interrupted(TrainingError):
+    """The run was stopped by the user, with a checkpoint to go on from."""
+
+
+def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> Record:
+    """Train an adapter as `run` says, and leave in `run.out`: run.yaml, task.json, metrics.jsonl, loss.svg, checkpoints/,
+    adapter/ (the best by the task's primary metric), record.json and README.md.
+
+    `resume` goes on from the last complete checkpoint; the loss curve is then the one of an unbroken run. `overwrite`
+    replaces an earlier run. Raises ConfigError, DataError, TargetError … before training for what cannot work,
+    TrainingError when the loss is no number or the disk is full, and Interrupted on Ctrl-C.
+    """
+    out = Path(run.out)
+    if resume:
+        run = resumed_run(run, out)
+    else:
+        clear(out, overwrite)
+    ready = prepare(run)
+    checkpoint = last_checkpoint(out / "checkpoints") if resume else None
+    if checkpoint is not None:
+        load(ready.model, checkpoint, trainable=True)
+    else:
+        attach(ready.model, ready.methods, modules_to_save=ready.run.modules_to_save)
+        write_text(out / RUN_FILE, ready.run.to_yaml())
+        write_json(out / TASK_FILE, ready.task.to_dict())
+    counts = summary(ready.model)
+    trainer, stop = make_trainer(ready, out, checkpoint, progress)
+    fit(trainer, stop, out)
+    best = finish(ready, trainer, out)
+    record = Record(
+        method=ready.run.to_dict()["method"],
+        model=run.model,
+        task=ready.task.to_dict(),
+        metrics=measure(ready, trainer, out),
+        primary_metric=ready.task.primary_metric[0],
+        trainable_parameters=counts.trainable_parameters,
+        total_parameters=counts.total_parameters,
+        adapter_bytes=folder_bytes(out / "adapter"),
+        seconds=round(trainer.seconds, 3),
+        peak_memory_bytes=peak_memory_bytes(),
+        steps=trainer.state.global_step,
+        best_step=best,
+        rows={split: len(rows) for split, rows in ready.splits.items()},
+        seed=run.seed,
+        device=device_name(trainer.args.device),
+        versions=versions(),
+        out=str(out),
+    )
+    name = record.primary_metric
+    write_text(out / CHART_FILE, loss_chart(trainer.curve.lines, name, f"{out.name}: loss and {name}"))
+    write_text(out / "README.md", model_card(record, ready.run, str(summary(ready.model))))
+    record.write()
+    return record
+
+
+def clear(out: Path, overwrite: bool) -> None:
+    """Make sure that a new run does not mix with an old one. Raises ConfigError when one is there."""
+    there = [name for name in LEFT_BY_A_RUN if (out / name).exists()]
+    if there and not overwrite:
+        begun = not (out / RECORD_FILE).exists() and checkpoints(out / "checkpoints")
+        go_on = ", or --resume to go on with it" if begun else ""
+        raise ConfigError(f"{out} already holds a run ({', '.join(there)}): choose another --out, --overwrite to replace it{go_on}")
+    if out.is_file():
+        raise ConfigError(f"--out {out} is a file; it has to be a folder")
+    for name in there:
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def resumed_run(given: Run, out: Path) -> Run:
+    """The run that began in `out`, if it is the given one and has not ended."""
+    if not (out / RUN_FILE).is_file():
+        raise TrainingError(f"there is no run in {out} to resume (no {RUN_FILE}): leave --resume out to start one")
+    stored = Run.from_yaml(out / RUN_FILE).replace(out=str(out))
+    same_run(given, stored, out)
+    if (out / RECORD_FILE).exists():
+        raise TrainingError(f"the run in {out} has ended (its {RECORD_FILE} is there): nothing is left to resume")
+    return stored
+
+
+def make_trainer(ready: Prepared, out: Path, checkpoint: Path | None, progress: bool) -> tuple[Trainer, Stop]:
+    """The trainer of a prepared run, whose model has its adapter."""
+    task, tokenizer, model = ready.task, ready.tokenizer, ready.model
+    args = arguments.training_arguments(ready.run, out / "checkpoints", task.primary_metric)
+    recover(out / "checkpoints")
+    curve, stop = Curve(out / CURVE_FILE, step_of(checkpoint) if checkpoint is not None else 0), Stop()
+
+    def evaluate(model: Any) -> Mapping[str, float]:
+        rows = ready.splits["validation"]
+        return measured(task.evaluate(model, tokenizer, rows, batch_size=args.per_device_eval_batch_size))
+
+    trainer = Trainer(
+        model=model,
+        args=args,
+        features=task.features(ready.splits["train"], tokenizer, train=True),
+        collator=task.collator(tokenizer, model),
+        curve=curve,
+        evaluate_with=evaluate if "validation" in ready.splits else None,
+        metric=task.primary_metric,
+        resume=checkpoint,
+        callbacks=[stop, *([Progress(curve)] if progress else [])],
+    )
+    return trainer, stop
+
+
+def fit(trainer: Trainer, stop: Stop, out: Path) -> None:
+    """Run the loop. Raises Interrupted when it was stopped before its end."""
+    use_cache = getattr(trainer.model.config, "use_cache", None)
+    bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Progress)]
+    try:
+        with stop.listening():
+            trainer.run()
+    finally:
+        for bar in bars:
+            bar.close()
+    with contextlib.suppress(AttributeError):
+        trainer.model.config.use_cache = use_cache  # the Trainer turns it off for its own ends
+    done, total = trainer.state.global_step, trainer.state.max_steps
+    if stop.asked and done < total:
+        raise Interrupted(
+            f"stopped at step {done} of {total}, with a checkpoint; go on with: inlay train --resume --out {shlex.quote(str(out))}"
+        )
+
+
+def finish(ready: Prepared, trainer: Trainer, out: Path) -> int:
+    """Put the best adapter, or the last where nothing chose, into `out/adapter`; returns the step it is from."""
+    best = read_best(trainer.folder)
+    with staged(out / "adapter", "saving the adapter to") as folder:
+        if best is None:
+            save(ready.model, folder)
+        else:
+            not_adapter = shutil.ignore_patterns(MARKER, BEST_FILE)
+            shutil.copytree(trainer.folder / "best", folder, dirs_exist_ok=True, ignore=not_adapter)
+        write_json(folder / TASK_FILE, ready.task.to_dict())
+    shutil.rmtree(trainer.folder / "best", ignore_errors=True)
+    return int(best["step"]) if best is not None else trainer.state.global_step
+
+
+def measure(ready: Prepared, trainer: Trainer, out: Path) -> dict[str, dict[str, float]]:
+    """The metrics of the adapter as it was saved: it is read back first, so a number here is a number of the file."""
+    detach(ready.model)
+    load(ready.model, out / "adapter")
+    size = trainer.args.per_device_eval_batch_size
+    return {
+        split: measured(ready.task.evaluate(ready.model, ready.tokenizer, ready.splits[split], batch_size=size))
+        for split in ("validation", "test")
+        if split in ready.splits
+    }
+
+
+def measured(figures: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among a task's metrics."""
+    return {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
