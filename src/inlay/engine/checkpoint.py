@@ -1,8 +1,9 @@
 """To disk and back, in the ecosystem's format: `adapter_config.json` + `adapter_model.safetensors`, as HF peft writes them.
 
 A method that peft has is written exactly as peft would; anything else, and any combination, gets `"peft_type": "INLAY"`,
-which peft refuses by name instead of reading wrongly. Either way an `"inlay"` entry holds what only Inlay needs: the
-methods with their fields, and a fingerprint of the base model. Neither reading nor writing needs peft or a network.
+which peft refuses by name instead of reading wrongly. Either way `auto_mapping`, the one free-form entry of peft's
+config (any other key would make peft warn), has an `"inlay"` part: the methods with their fields, the version, and a
+fingerprint of the base model. Neither reading nor writing needs peft or a network.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from inlay.engine import adapters as engine
 from inlay.engine import files
 from inlay.engine.fingerprint import compare, fingerprint
+from inlay.engine.peft_names import shortest_names
 from inlay.engine.piece import Method
 from inlay.engine.registry import all_methods, make_method
 from inlay.engine.sites import SiteIndex
@@ -48,19 +49,24 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
     index = SiteIndex(model)
     peft = peft_config(adapter, index, model)
     tensors, extra = _tensors(adapter, plain=peft is not None)
-    described = {"methods": [_describe(method, placed) for method, placed in zip(adapter.methods, adapter.placed, strict=True)]}
+    pairs = zip(adapter.methods, adapter.placed, strict=True)
+    described = {"methods": [_describe(method, placed, index) for method, placed in pairs]}
     tag = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
     config: dict[str, Any] = {
         "peft_type": "INLAY",
         "base_model_name_or_path": base_name(model),
         "inference_mode": True,
         **(peft or {}),
-        "inlay": {
-            "format": FORMAT,
-            "version": _version(),
-            **described,
-            "tag": tag,
-            "base": fingerprint(model, _replaced(adapter)),
+        "auto_mapping": {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+            "inlay": {
+                "format": FORMAT,
+                "version": _version(),
+                **described,
+                "tag": tag,
+                "base": fingerprint(model, _replaced(adapter)),
+            },
         },
     }
     metadata = {"format": "pt", "inlay": tag}
@@ -84,13 +90,7 @@ def peft_config(adapter: engine.Adapter, index: SiteIndex, model: nn.Module) -> 
         "peft_version": PEFT_VERSION,
         "task_type": task_type(model),
         "revision": None,
-        "auto_mapping": None,
     }
-    if config["task_type"] is None:
-        config["auto_mapping"] = {
-            "base_model_class": type(model).__name__,
-            "parent_library": type(model).__module__,
-        }
     for method, placed in zip(adapter.methods, adapter.placed, strict=True):
         try:
             config |= method.to_peft([site for site, _ in placed], index)
@@ -142,11 +142,12 @@ def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return owned
 
 
-def _describe(method: Method, placed: engine.Placed) -> dict[str, Any]:
+def _describe(method: Method, placed: engine.Placed, index: SiteIndex) -> dict[str, Any]:
     """A method as JSON: its kind and fields, with the targets resolved to names so that they mean the same for ever."""
     if type(method).sites is Method.sites:
-        sites = list(dict.fromkeys(site.name for site, piece in placed if not piece.replaces))
-        method = method.replace(targets=tuple(f"name:{name}" for name in sites), exclude=None, layers=None)
+        sites = {site.name for site, piece in placed if not piece.replaces}
+        names = shortest_names(sites, (site.name for site in index.sites if site.kind in method.hosts))
+        method = method.replace(targets=tuple(f"name:{name}" for name in names), exclude=None, layers=None)
     elif callable(method.targets):
         raise UnsupportedError(f"{type(method).__name__} was given a callable as targets and cannot be written; name them")
     fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
@@ -186,7 +187,7 @@ def load(
     config = files.read_config(folder)
     tensors, metadata = files.read_tensors(folder)
     methods, saved = read_methods(config, folder)
-    own = config.get("inlay") or {}
+    own = own_entry(config)
     if own and metadata.get("inlay") not in (None, own.get("tag")):
         raise CheckpointError(f"{folder}: {files.CONFIG} and {files.WEIGHTS} come from two different saves; save it again")
     extra = files.read_tensors(folder, files.EXTRA)[0] if (folder / files.EXTRA).is_file() else {}
@@ -208,9 +209,16 @@ def load(
     return model
 
 
+def own_entry(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What Inlay wrote into a config for itself; empty in a file that HF peft wrote."""
+    mapping = config.get("auto_mapping")
+    own = mapping.get("inlay") if isinstance(mapping, dict) else None
+    return own if isinstance(own, dict) else {}
+
+
 def read_methods(config: Mapping[str, Any], folder: Path) -> tuple[list[Method], tuple[str, ...]]:
     """The methods that a config describes, and the modules saved whole."""
-    own = config.get("inlay")
+    own = own_entry(config)
     if own:
         if own.get("format", 0) > FORMAT:
             raise CheckpointError(
@@ -220,7 +228,7 @@ def read_methods(config: Mapping[str, Any], folder: Path) -> tuple[list[Method],
         try:
             methods = [make_method(entry["kind"], _fields(entry)) for entry in own["methods"]]
         except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder / files.CONFIG} has a damaged 'inlay' entry ({error!r})") from None
+            raise CheckpointError(f"{folder / files.CONFIG} has a damaged 'inlay' entry in auto_mapping ({error!r})") from None
     else:
         methods = _from_peft(config, folder)
     modules = tuple(name for m in methods if isinstance(m, ModulesToSave) for name in m.modules)
@@ -280,7 +288,3 @@ def _numbered(tensors: dict[str, Tensor], number: int) -> dict[str, Tensor]:
     prefix = f"{number}."
     return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
 
-
-def dtype_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes that tensors take in a file, headers aside."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values() if tensor.dtype != torch.bool)

@@ -9,7 +9,6 @@ every parameter, and the base's state-dict keys stay as they were.
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,13 +41,15 @@ class Inner:
 
     def __init__(self, inlays: Inlays, base: Callable[..., Any], piece: Piece | None, inner: Inner | None) -> None:
         self.inlays = inlays
-        self.base = base
+        self.base = base  # a plain function of the host: bound methods made on the fly cannot be traced
         self.piece = piece
         self.inner = inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.piece is None:
-            return self.base(*args, **kwargs)
+            if self.inlays.own_forward is not None:
+                return self.inlays.own_forward(*args, **kwargs)
+            return self.base(self.inlays._host, *args, **kwargs)
         return self.piece(self.inner, *args, **kwargs)
 
     @property
@@ -167,10 +168,7 @@ class Inlays(nn.Module):
         running = self.state.running
         if self._seen is running or (self._seen is not None and self._seen == running):
             return
-        host = self._host
-        base = self.own_forward
-        if base is None:
-            base = types.MethodType(base_class(type(host)).forward, host)
+        base = base_class(type(self._host)).forward
         onion = Inner(self, base, None, None)
         for piece in self.pieces(running, None):
             onion = Inner(self, base, piece, onion)

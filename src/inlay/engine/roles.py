@@ -14,7 +14,6 @@ numbered entry of a container that holds an attention and other weights beside i
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -61,11 +60,18 @@ ALIASES = {"ffn.up": "up", "ffn.down": "down", "ffn.gate": "gate", "ffn.gate_up"
 
 
 class Rule(NamedTuple):
-    """One row: an address that fits `pattern` has `roles`, if a neighbour's name fits `beside` (where one is given)."""
+    """One row: an address that ends in `pattern` has `roles`, if a neighbour's name is `beside` (where one is given)."""
 
-    pattern: str
-    roles: str
-    beside: str = ""
+    pattern: re.Pattern[str]
+    roles: frozenset[str]
+    beside: re.Pattern[str] | None
+
+
+def rule(pattern: str, roles: str, beside: str = "") -> Rule:
+    """A row of a table."""
+    return Rule(
+        re.compile(f"(?:{pattern})$"), frozenset(roles.split()), re.compile(f"(?:{beside})$") if beside else None
+    )
 
 
 QUERY = r"q|q_proj|q_lin|query|query_proj|wq|q_attn|to_q|project_q|linear_q|q_linear|Wq"
@@ -73,88 +79,86 @@ KEY = r"k|k_proj|k_lin|key|key_proj|wk|to_k|project_k|linear_k|k_linear|Wk"
 VALUE = r"v|v_proj|v_lin|value|value_proj|wv|to_v|project_v|linear_v|v_linear|Wv"
 FUSED = r"qkv|qkv_proj|query_key_value|c_attn|Wqkv|to_qkv|qkv_linear|in_proj_weight|in_proj_bias"
 KEY_VALUE = r"kv|kv_proj|to_kv|key_value|Wkv"
+LATENT = r"kv_a_proj(?:_with_mqa)?|wkv_a"
 OUTPUT = r"o|o_proj|out_proj|out_lin|dense|c_proj|proj|Wo|wo|to_out|to_out\.0|output_proj|linear_out|post_proj|out"
 
 # Projections: linear, convolution and parameter places.
 PROJECTIONS = (
-    Rule(r"@\.(q_a_proj|wq_a)", "attention q_a"),
-    Rule(r"@\.(q_b_proj|wq_b)", "attention q_b query"),
-    Rule(r"@\.(kv_a_proj(_with_mqa)?|wkv_a)", "attention kv_a"),
-    Rule(r"@\.(kv_b_proj|wkv_b)", "attention kv_b kv key value"),
-    Rule(r"@\.c_attn", "attention kv key value", beside=r"q_attn"),
-    Rule(rf"@\.({FUSED})", "attention qkv query key value"),
-    Rule(rf"@\.({KEY_VALUE})", "attention kv key value"),
-    Rule(rf"@\.({QUERY}|q_proj_weight)", "attention query"),
-    Rule(rf"@\.({KEY}|k_proj_weight)", "attention key"),
-    Rule(rf"@\.({VALUE}|v_proj_weight)", "attention value"),
-    Rule(rf"@\.({OUTPUT}|out_proj\.(weight|bias))", "attention output"),
-    Rule(r"~\.output\.(dense|proj|linear)|~\.(dense|proj|c_proj|out_proj|o_proj)", "attention output"),
-    Rule(r".*@\..*", "attention"),
-    Rule(r".*\.(gate|router|wg)(\.\w+)?", "router", beside=r"experts?"),
-    Rule(r".*\.shared_experts?_gate", "router"),
-    Rule(r".*\.(gate_up_proj|up_gate_proj|gate_and_up_proj|w12|Wi|input_linear)", "ffn gate_up gate up"),
-    Rule(r".*\.(gate_proj|wi_0|w_gate)", "ffn gate"),
-    Rule(r".*\.w1", "ffn gate", beside=r"w3"),
-    Rule(
-        r".*\.(up_proj|wi_1|wi|w3|w1|w_up|c_fc|fc1|fc_in|lin1|linear1|linear_fc1|dense_h_to_4h|intermediate_dense)"
-        r"|.*\.intermediate\.dense|#\.ffn",
+    rule(r"@\.(q_a_proj|wq_a)", "attention q_a"),
+    rule(r"@\.(q_b_proj|wq_b)", "attention q_b query"),
+    rule(rf"@\.({LATENT})", "attention kv_a"),
+    rule(r"@\.(kv_b_proj|wkv_b)", "attention kv_b kv key value"),
+    rule(r"@\.c_attn", "attention kv key value", beside=r"q_attn"),
+    rule(rf"@\.({FUSED})", "attention qkv query key value"),
+    rule(rf"@\.({KEY_VALUE})", "attention kv key value"),
+    rule(rf"@\.({QUERY}|q_proj_weight)", "attention query"),
+    rule(rf"@\.({KEY}|k_proj_weight)", "attention key"),
+    rule(rf"@\.({VALUE}|v_proj_weight)", "attention value"),
+    rule(rf"@\.({OUTPUT}|out_proj\.(weight|bias))", "attention output"),
+    rule(r"~\.(output\.)?(dense|proj|linear|c_proj|out_proj|o_proj)", "attention output"),
+    rule(r"@\..*", "attention"),
+    rule(r"\.(gate|router|wg)(\.\w+)?", "router", beside=r"experts?"),
+    rule(r"\.router(\.\w+)*|\.shared_experts?_gate", "router"),
+    rule(r"\.(gate_up_proj|up_gate_proj|gate_and_up_proj|w12|Wi|input_linear(\.weight)?)", "ffn gate_up gate up"),
+    rule(r"\.(gate_proj|wi_0|w_gate)", "ffn gate"),
+    rule(r"\.w1", "ffn gate", beside=r"w3|v1"),
+    rule(
+        r"\.(up_proj|wi_1|wi|w3|v1|w1|w_up|c_fc|fc1|fc_in|lin1|linear1|linear_fc1|dense_h_to_4h|intermediate_dense)"
+        r"|\.intermediate\.dense|#\.ffn",
         "ffn up",
     ),
-    Rule(
-        r".*\.(down_proj|wo|Wo|w2|w_down|c_proj|fc2|fc_out|lin2|linear2|linear_fc2|dense_4h_to_h|output_dense)"
-        r"|.*\.output_linear|#\.output\.dense|#\.ffn_output",
+    rule(
+        r"\.(down_proj|wo|Wo|w2|w_down|c_proj|fc2|fc_out|lin2|linear2|linear_fc2|dense_4h_to_h|output_dense)"
+        r"|\.output_linear(\.weight)?|#\.output\.dense|#\.ffn_output",
         "ffn down",
     ),
 )
-EXPERTS = re.compile(r".*\.experts\..*")
-SHARED_EXPERT = re.compile(r".*\.(shared_experts?|shared_mlp)\..*")
+EXPERTS = re.compile(r"\.experts\.|moe\.(in|out)put_linear\.")
+SHARED_EXPERT = re.compile(r"\.(shared_experts?|shared_mlp)\.")
 
-# Normalisation inside a block. "always" and "never": certainly after, or before, the residual addition; otherwise
+# Normalisation inside a block. "after" and "before": certainly after, or before, the residual addition; otherwise
 # `Structure.normalises_first` decides.
 NORMS = (
-    Rule(r".*@\.(q|k|query|key)_?(norm|layer_?norm|ln)", "qk_norm never"),
-    Rule(r"#\.~\.output\.(LayerNorm|layer_?norm)", "attention_norm always"),
-    Rule(r"#\.output\.(LayerNorm|layer_?norm)", "ffn_norm always"),
-    Rule(r"#\.[~@]\.(LayerNorm|layer_?norm|ln)", "attention_norm"),
-    Rule(r"#\.(encoder_attn_layer_norm|cross_attn_layer_norm|cross_attention_layer_norm)", "attention_norm cross"),
-    Rule(r"#\.ln_cross_attn", "attention_norm cross"),
-    Rule(r"#\.norm2", "attention_norm cross", beside=r"norm3"),
-    Rule(r"#\.post_attention_layernorm", "attention_norm never", beside=r"pre_feedforward_layernorm"),
-    Rule(r"#\.post_attention_layernorm", "attention_norm never", beside=r"post_feedforward_layernorm"),
-    Rule(r"#\.(post_attention_layernorm|layernorm_after|layer_norm2|mlp_norm|ffn_norm|ln_mlp)", "ffn_norm never"),
-    Rule(r"#\.(pre|post)_(feedforward|mlp|ffn|moe)_?(layer)?_?norm", "ffn_norm never"),
-    Rule(r"#\.(input_layernorm|layernorm_before|layer_norm1|attn_norm|attention_norm|ln_attn)", "attention_norm never"),
-    Rule(r"#\.pre_(attention|attn|self_attn)_?(layer)?_?norm", "attention_norm never"),
-    Rule(r"#\.(self_attn|self_attention|sa|attention|attn)_(layer_?norm|ln)|#\.(ln_?1|norm_?1)", "attention_norm"),
-    Rule(r"#\.layer_norm", "attention_norm", beside=r"final_layer_norm"),
-    Rule(r"#\.(final|output|ffn|feed_forward|full_layer)_(layer_)?(layer_?norm|ln)|#\.(ln_?2|norm_?[23])", "ffn_norm"),
-    Rule(r"#\.(layer\.\d+|ffn|ff|feed_forward|mlp)\.(layer_?norm|LayerNorm)", "ffn_norm"),
+    rule(r"@\.(q|k|query|key)_?(norm|layer_?norm|ln)", "qk_norm before"),
+    rule(r"#\.~\.output\.(LayerNorm|layer_?norm)", "attention_norm after"),
+    rule(r"#\.output\.(LayerNorm|layer_?norm)", "ffn_norm after"),
+    rule(r"#\.[~@]\.(LayerNorm|layer_?norm|ln)", "attention_norm"),
+    rule(r"#\.(encoder_attn|cross_attn|cross_attention)_layer_norm|#\.ln_cross_attn", "attention_norm cross"),
+    rule(r"#\.norm2", "attention_norm cross", beside=r"norm3"),
+    rule(r"#\.post_attention_layernorm", "attention_norm before", beside=r"(pre|post)_feedforward_layernorm"),
+    rule(r"#\.(post_attention_layernorm|layernorm_after|layer_norm2|mlp_norm|ffn_norm|ln_mlp)", "ffn_norm before"),
+    rule(r"#\.(pre|post)_(feedforward|mlp|ffn|moe)_?(layer)?_?norm", "ffn_norm before"),
+    rule(r"#\.(input_layernorm|layernorm_before|layer_norm1|attn_norm|attention_norm|ln_attn)", "attention_norm before"),
+    rule(r"#\.pre_(attention|attn|self_attn)_?(layer)?_?norm", "attention_norm before"),
+    rule(r"#\.(self_attn|self_attention|sa|attention|attn)_(layer_?norm|ln)|#\.(ln_?1|norm_?1)", "attention_norm"),
+    rule(r"#\.layer_norm", "attention_norm", beside=r"final_layer_norm"),
+    rule(r"#\.(final|output|ffn|feed_forward|full_layer)_(layer_)?(layer_?norm|ln)|#\.(ln_?2|norm_?[23])", "ffn_norm"),
+    rule(r"#\.(layer\.\d+|ffn|ff|feed_forward|mlp)\.(layer_?norm|LayerNorm)", "ffn_norm"),
 )
-NORM_ALONE = re.compile(r"#\.(input_layernorm|ln_1|norm1)")  # in a parallel block, one norm serves both sub-layers
+NORM_ALONE = re.compile(r"#\.(input_layernorm|ln_1|norm1)$")  # in a parallel block, one norm serves both sub-layers
 
 MODULES = (
-    Rule(r".*\.(gate|router)", "router", beside=r"experts?"),
-    Rule(r".*\.experts", "experts"),
-    Rule(r".*\.(shared_experts?|shared_mlp)", "shared_expert"),
+    rule(r"\.(gate|router)", "router", beside=r"experts?"),
+    rule(r"\.experts", "experts"),
+    rule(r"\.(shared_experts?|shared_mlp)", "shared_expert"),
 )
 MLP = re.compile(
-    r"#\.(?!.*@)(.*\.)?(mlp|ffn\d?|ff|feed_?forward\d?|DenseReluDense|block_sparse_moe|moe|moe_block)", re.IGNORECASE
+    r"#\.(?!.*@)(.*\.)?(mlp|ffn\d?|ff|feed_?forward\d?|DenseReluDense|block_sparse_moe|moe|moe_block)$", re.IGNORECASE
 )
-CROSS = re.compile(r".*(cross|encoder_attn|EncDec|enc_dec).*", re.IGNORECASE)
+CROSS = re.compile(r"cross|encoder_attn|EncDec|enc_dec", re.IGNORECASE)
 POSITION = re.compile(
-    r".*(^|[._])(pos|positions?|positional)([._].*|$)|.*(wpe|token_type_\w+|segment_\w+|relative_\w+|rel_embeddings)$"
+    r"(^|[._])(pos|positions?|positional)([._]|$)|(wpe|token_type_\w+|segment_\w+|relative_\w+|rel_embeddings)$"
 )
-PATCH = re.compile(r".*(patch|feature_extractor|conv_layers|stem|embed).*|(.*\.)?conv\d+")
+PATCH = re.compile(r"patch|feature_extractor|conv_layers|stem|embed|(^|\.)conv\d+$")
 
 TASK_CLASS = re.compile(r".*For\w*(Classification|QuestionAnswering|MultipleChoice|CTC|XVector|Segmentation|Detection)")
 LM_CLASS = re.compile(r".*(For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)|LMHeadModel|WithLMHead\w*)")
 HEAD = re.compile(
-    r"classifier|pre_classifier|score|qa_outputs|classification_head|projector|heads?|logits_proj|sequence_summary"
+    r"classifier|pre_classifier|score|qa_outputs|classification_head|heads?|logits_proj|sequence_summary"
     r"|multiple_choice_head|seq_relationship"
 )
 LM_HEAD = re.compile(r"lm_head|cls|predictions|generator_predictions|generator_lm_head|proj_out|embed_out|vocab_\w+")
-# A norm at the end of a stack; the names left out are those of embeddings and of norms at the start.
-NOT_FINAL_NORM = re.compile(r".*(emb|pre_|rel).*")
+NOT_FINAL_NORM = re.compile(r"emb|pre_|rel")  # norms of embeddings, and norms before a stack
 NORM_FIRST_FIELDS = ("norm_first", "do_layer_norm_before", "do_stable_layer_norm", "normalize_before")
 
 
@@ -186,19 +190,14 @@ def known_role(text: str) -> str | None:
     return text if text in ROLES else None
 
 
-def read_roles(model: nn.Module, places: Sequence[Place]) -> list[Reading]:
-    """Roles and layer of every place of a model, in the order given."""
-    structure = Structure(model, places)
-    return [structure.read(place) for place in places]
-
-
 def new_heads(model: nn.Module) -> list[str]:
-    """Paths of the modules that a task class added, untrained, on top of the pretrained trunk.
+    """Paths of the modules that were added, untrained, on top of a pretrained trunk.
 
-    Empty for bare trunks and language models, and for modules that are not transformers' own. A head that comes with
-    the pretrained weights (ModernBERT's prediction head) is not new.
+    They are what a transformers task class (…ForSequenceClassification, …ForCTC) holds beside its trunk, or what a
+    module of the user's own holds beside a transformers model. Empty for bare trunks and for language models. A head
+    that comes with the pretrained weights (ModernBERT's prediction head) is not new.
     """
-    if not TASK_CLASS.fullmatch(type(model).__name__):
+    if not (TASK_CLASS.fullmatch(type(model).__name__) or _wraps_pretrained(model)):
         return []
     return [name for name in _on_top(model) if "PredictionHead" not in type(model.get_submodule(name)).__name__]
 
@@ -221,14 +220,26 @@ def ancestors(path: str) -> Iterator[str]:
     yield ""
 
 
+def _is_pretrained(module: nn.Module) -> bool:
+    """Whether a module is one of transformers' models, told without importing transformers."""
+    return hasattr(module, "base_model_prefix") and hasattr(module, "config")
+
+
+def _wraps_pretrained(model: nn.Module) -> bool:
+    return not _is_pretrained(model) and any(_is_pretrained(child) for child in model.children())
+
+
 def _on_top(model: nn.Module) -> list[str]:
     """Children of the model that lie outside its trunk and have weights."""
-    trunk = getattr(model, "base_model_prefix", "") or ""
     children = {name: child for name, child in model.named_children() if name != "inlays"}
-    weighted = [name for name, child in children.items() if any(True for _ in child.parameters())]
+    weighted = {name: child for name, child in children.items() if any(True for _ in child.parameters())}
+    if _wraps_pretrained(model):
+        return [name for name, child in weighted.items() if not _is_pretrained(child)]
+    trunk = getattr(model, "base_model_prefix", "")
     if trunk in children:
         return [name for name in weighted if name != trunk]
-    return [name for name in weighted if HEAD.fullmatch(name) or LM_HEAD.fullmatch(name)]
+    named = [name for name in weighted if HEAD.fullmatch(name) or LM_HEAD.fullmatch(name)]
+    return ["projector", *named] if "projector" in weighted and "classifier" in named else named
 
 
 def _heads(model: nn.Module) -> dict[str, frozenset[str]]:
@@ -266,8 +277,9 @@ class Structure:
         self.attentions = {path for path in self.modules if self.is_attention(path)}
         self.blocks: dict[str, tuple[int, int]] = {}  # path -> (layer, depth)
         self.find_blocks()
-        self.shells = {self.shell(path): path for path in self.attentions}
+        self.shells = {self.shell(path): path for path in sorted(self.attentions)}
         self.crosses = {path for path in self.attentions if self.is_cross(path)}
+        self.attentive = {self.block(path) or "" for path in self.attentions}
         self.norm_first: dict[str, bool] = {}
 
     # -- attentions, blocks ------------------------------------------------------------------------------------------
@@ -276,10 +288,11 @@ class Structure:
         """Whether the module at `path` directly holds query, key and value projections."""
         if self.kinds.get(path) == "attention":
             return True
-        found = self.weights.get(path, [])
-        has = {row: any(re.fullmatch(row, name) for name in found) for row in (QUERY, KEY, VALUE, FUSED, KEY_VALUE)}
-        latent = any(re.fullmatch(r"kv_a_proj(_with_mqa)?|wkv_a", name) for name in found)
-        return latent or has[FUSED] or (has[QUERY] and (has[KEY_VALUE] or (has[KEY] and has[VALUE])))
+        query, key, value, fused, key_value, latent = (
+            any(re.fullmatch(names, name) for name in self.weights.get(path, []))
+            for names in (QUERY, KEY, VALUE, FUSED, KEY_VALUE, LATENT)
+        )
+        return latent or fused or (query and (key_value or (key and value)))
 
     def entries(self, path: str) -> Iterator[str]:
         """Numbered entries of containers at or above `path`, innermost first."""
@@ -328,7 +341,7 @@ class Structure:
         block = self.block(path)
         local = path[len(block) :] if block else path
         beside = self.children.get(parent(path), [])
-        return bool(CROSS.fullmatch(local)) or (local.endswith("multihead_attn") and "self_attn" in beside)
+        return bool(CROSS.search(local)) or (local.endswith("multihead_attn") and "self_attn" in beside)
 
     def block(self, path: str) -> str | None:
         return next((above for above in ancestors(path) if above in self.blocks), None)
@@ -350,16 +363,13 @@ class Structure:
             inner, rest = "", name[len(block or "") :].lstrip(".")
         return ".".join(part for part in (prefix, inner, rest) if part), attention
 
-    def match(self, table: Sequence[Rule], address: str, path: str) -> str:
+    def match(self, table: Sequence[Rule], address: str, path: str) -> frozenset[str]:
+        """The roles of the first row that fits."""
         beside = self.children.get(parent(path), []) + self.weights.get(parent(path), [])
-        for rule in table:
-            # "@" and "~" rows fit at the end of an address, the others whole.
-            text = address[max(address.rfind("@"), 0) :] if rule.pattern.startswith("@") else address
-            text = text[max(text.rfind("~"), 0) :] if rule.pattern.startswith("~") else text
-            if re.fullmatch(rule.pattern, text):
-                if not rule.beside or any(re.fullmatch(rule.beside, name) for name in beside):
-                    return rule.roles
-        return ""
+        for row in table:
+            if row.pattern.search(address) and (row.beside is None or any(map(row.beside.match, beside))):
+                return row.roles
+        return frozenset()
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -371,7 +381,7 @@ class Structure:
         head = next((above for above in ancestors(place.path) if above in self.heads), None)
         container = place.kind == "module"
         roles: set[str] = set()
-        if attention in self.crosses:
+        if attention in self.crosses and (not container or place.path in (attention, self.shell(attention))):
             roles.add("cross")
         if "pooler" in (place.path.split(".")[-1:] if container else place.path.split(".")):
             roles.add("pooler")
@@ -388,14 +398,14 @@ class Structure:
         return Reading(frozenset(roles), layer, depth)
 
     def weight_roles(self, place: Place, address: str, block: str | None) -> set[str]:
-        if POSITION.fullmatch(place.name) and "@" not in address:
+        if POSITION.search(place.name) and "@" not in address:
             return {"position"}
-        roles = set(self.match(PROJECTIONS, address, place.path).split()) if address[0] in "#~@" else set()
+        roles = set(self.match(PROJECTIONS, address, place.path) if address[:1] in "#~@" else ())
         if "ffn" in roles:
-            roles |= {"experts"} if EXPERTS.fullmatch(address) else set()
-            roles |= {"shared_expert"} if SHARED_EXPERT.fullmatch(address) else set()
+            roles |= {"experts"} if EXPERTS.search(address) else set()
+            roles |= {"shared_expert"} if SHARED_EXPERT.search(address) else set()
         patchy = place.kind == "conv" or (place.kind == "linear" and "patch" in place.path)
-        if patchy and block is None and not roles and PATCH.fullmatch(place.path):
+        if patchy and block is None and not roles and PATCH.search(place.path):
             roles.add("patch")
         return roles
 
@@ -403,22 +413,23 @@ class Structure:
         block = {"block"} if place.path in self.blocks else set()
         if place.path in self.attentions:
             return block | {"cross_attention" if place.path in self.crosses else "self_attention"}
-        roles = block | set(self.match(MODULES, address, place.path).split()) if address.startswith("#") else set()
-        outer = any(MLP.fullmatch(self.address(above)[0]) for above in ancestors(parent(place.path)) if above)
-        if MLP.fullmatch(address) and not outer and self.children.get(place.path):
+        roles = block | set(self.match(MODULES, address, place.path) if address.startswith("#") else ())
+        outer = any(MLP.match(self.address(above)[0]) for above in ancestors(parent(place.path)) if above)
+        if MLP.match(address) and not outer and self.children.get(place.path):
             roles.add("mlp")
         return roles
 
     def norm_roles(self, place: Place, address: str) -> set[str]:
-        roles = set(self.match(NORMS, address, place.path).split())
-        if not roles:
-            return roles
-        beside = Counter(self.kinds[join(parent(place.path), name)] for name in self.children[parent(place.path)])
-        if NORM_ALONE.fullmatch(address) and beside["norm"] == 1:
+        block = self.block(place.path) or ""
+        if block not in self.attentive:  # such names mean something else where there is no attention
+            return set()
+        roles = set(self.match(NORMS, address, place.path))
+        beside = [self.kinds[join(parent(place.path), name)] for name in self.children.get(parent(place.path), [])]
+        if NORM_ALONE.match(address) and beside.count("norm") == 1:
             roles.add("ffn_norm")
-        if "always" in roles or ("never" not in roles and not self.normalises_first(place.path)):
+        if "after" in roles or (roles and "before" not in roles and not self.normalises_first(place.path)):
             roles.add("post_norm")
-        return roles - {"always", "never"}
+        return roles - {"after", "before"}
 
     def normalises_first(self, path: str) -> bool:
         """Whether the stack around `path` normalises before each sub-layer (pre-norm), not after the addition.
@@ -441,6 +452,6 @@ class Structure:
         for above in ancestors(stack):
             for name in self.children.get(above, []):
                 path = join(above, name)
-                if self.kinds[path] == "norm" and path not in self.blocks and not NOT_FINAL_NORM.fullmatch(name):
+                if self.kinds[path] == "norm" and path not in self.blocks and not NOT_FINAL_NORM.search(name):
                     return bool(block)
         return False

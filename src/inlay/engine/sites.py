@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.engine.roles import ALIASES, ROLES, Place, ancestors, join, known_role, read_roles
+from inlay.engine.roles import ALIASES, ROLES, Place, Structure, ancestors, join, known_role, parent
 from inlay.errors import TargetError, UnsupportedError, did_you_mean
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -173,11 +173,18 @@ class SiteIndex:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        places, owners = _places(model)
-        self.sites = [
-            Site(place.path, place.module, place.kind, *reading[:2], place.parameter, reading.depth, owner)
-            for place, owner, reading in zip(places, owners, read_roles(model, places), strict=True)
-        ]
+        places = list(_places(model))
+        self._structure = Structure(model, places)
+        self.sites = [self._site(place) for place in places]
+
+    def _site(self, place: Place, roles: frozenset[str] | None = None) -> Site:
+        """The site of a place; `roles` replace the ones that its own name gives it."""
+        read, layer, depth = self._structure.read(place)
+        above = place.path if place.kind == "parameter" else None
+        if above is not None and place.path.endswith("out_proj") and parent(above) in self._structure.attentions:
+            above = parent(above)
+        owner = above if above is not None and self._structure.kinds.get(above) == "attention" else None
+        return Site(place.path, place.module, place.kind, read if roles is None else roles, layer, place.parameter, depth, owner)
 
     def by_name(self) -> dict[str, Site]:
         """Every site by its name."""
@@ -193,23 +200,16 @@ class SiteIndex:
 
         A parameter that is tied appears at each of its places; compare `site.weight` by identity to tell.
         """
-        found: list[tuple[Place, str | None]] = []
-        modules = list(_modules(self.model, hidden=("inlays",)))
-        for path, module in modules:
-            owner = next((p for p in (path, path.rpartition(".")[0]) if _is_attention(self.model, p)), None)
+        modules = {site.path: site for site in self.sites if site.parameter is None}
+        sites = []
+        for path, module in _modules(self.model, hidden=("inlays",)):
+            above = modules.get(path)
+            # A layer's own parameters play the layer's role; those of other modules are read by their names.
+            leaf = above is not None and above.kind in ("linear", "conv", "embedding", "norm")
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    found.append((Place(path, module, "parameter", name), owner))
-        known = {site.path: site for site in self.sites if site.parameter is None}
-        # Kinds of the modules are needed to find blocks, so the parameters are read together with the sites.
-        base = [Place(site.path, site.module, site.kind, site.parameter) for site in self.sites]
-        readings = read_roles(self.model, base + [place for place, _ in found])[len(base) :]
-        sites = []
-        for (place, owner), reading in zip(found, readings, strict=True):
-            above = known.get(place.path)
-            inherits = above is not None and above.kind in ("linear", "conv", "embedding", "norm")
-            roles = above.roles if above is not None and inherits else reading.roles
-            sites.append(Site(*place[:3], roles, reading.layer, place.parameter, reading.depth, owner))
+                    place = Place(path, module, "parameter", name)
+                    sites.append(self._site(place, above.roles if above is not None and leaf else None))
         return sites
 
     # -- selection ---------------------------------------------------------------------------------------------------
@@ -359,34 +359,22 @@ def _modules(model: nn.Module, hidden: tuple[str, ...] = HIDDEN) -> Iterator[tup
             yield path, module
 
 
-def _is_attention(model: nn.Module, path: str) -> bool:
-    return isinstance(model.get_submodule(path), nn.MultiheadAttention)
-
-
-def _places(model: nn.Module) -> tuple[list[Place], list[str | None]]:
-    """Every place, and for the projections of nn.MultiheadAttention the path of that attention."""
-    places: list[Place] = []
-    owners: list[str | None] = []
+def _places(model: nn.Module) -> Iterator[Place]:
+    """Every module, each followed by those of its parameters that are places too."""
     attentions: set[str] = set()
     for path, module in _modules(model):
-        kind = kind_of(module)
-        above, _, tail = path.rpartition(".")
-        # nn.MultiheadAttention reads out_proj's weight and never calls it: it is a parameter site, not a linear one.
-        if tail == "out_proj" and above in attentions:
-            places.append(Place(path, module, "parameter", "weight"))
-            owners.append(above)
+        # nn.MultiheadAttention reads out_proj's weight and never calls it: a parameter site, not a linear one.
+        if path.endswith("out_proj") and parent(path) in attentions:
+            yield Place(path, module, "parameter", "weight")
             continue
-        places.append(Place(path, module, kind, None))
-        owners.append(None)
+        kind = kind_of(module)
+        yield Place(path, module, kind, None)
         if kind == "attention":
             attentions.add(path)
-        for name, parameter in module._parameters.items():
-            if parameter is None or kind not in ("attention", "module") or isinstance(module, OPAQUE):
-                continue
-            if parameter.ndim in (2, 3) and "bias" not in name:
-                places.append(Place(path, module, "parameter", name))
-                owners.append(path if kind == "attention" else None)
-    return places, owners
+        if kind in ("attention", "module") and not isinstance(module, OPAQUE):
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.ndim in (2, 3) and "bias" not in name:
+                    yield Place(path, module, "parameter", name)
 
 
 # -- reading a target ------------------------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ right, recomputing a layer needs nothing remembered, and several prompts (each w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,9 @@ from torch.nn import functional
 
 from inlay.engine.piece import Piece
 from inlay.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from inlay.engine.sites import Site, SiteIndex
 
 Combine = Literal["logits", "log_probabilities"]
 
@@ -378,8 +383,75 @@ def rebuilt(output: Any, change: Callable[[str, Any], Any]) -> Any:
 # -- where -------------------------------------------------------------------------------------------------------------
 
 
+def prompt_sites(index: SiteIndex, what: str) -> list[Site]:
+    """The places of a prompt: the model, its encoder if it is an encoder–decoder, and the token embedding that reads
+    the text, in this order. Raises UnsupportedError for models that take no token ids."""
+    model, by_path = index.model, {site.path: site for site in index.sites if site.parameter is None}
+    source = encoder_of(model)
+    reader = model if source is None else source
+    parameters = parameters_of(reader)
+    embedding = _input_embedding(reader)
+    if "input_ids" not in parameters or not isinstance(embedding, nn.Embedding):
+        raise UnsupportedError(f"{what} needs a model that reads token ids, and {type(reader).__name__} does not")
+    if "past_key_values" not in parameters and {"cache_params", "state", "mems"} & set(parameters):
+        raise UnsupportedError(
+            f"{what} cannot tell whether the recurrent state of {type(reader).__name__} holds the prompt already; use LoRA"
+        )
+    modules = [model, embedding] if source is None else [model, source, embedding]
+    paths = {id(module): path for path, module in model.named_modules()}
+    return [by_path[paths[id(module)]] for module in modules]
+
+
+def prompt_pieces(
+    sites: Sequence[Site], prompt: nn.Module, length: int, copies: int, added: bool, combine: Combine
+) -> list[tuple[Site, Piece]]:
+    """The pieces that put `prompt` into the places of `prompt_sites`."""
+    *entries, tokens = sites
+    embedding = tokens.module
+    assert isinstance(embedding, nn.Embedding)
+    place = max([embedding.num_embeddings, *(code.end for code in codes(embedding))])
+    code = Code(length, copies, place, added)
+    reader = entries[-1].module
+    positions, first = position_table(reader)
+    entry = PromptEntry(prompt, code, parameters_of(reader), positions, first, combine, keep=len(entries) > 1)
+    pieces: list[tuple[Site, Piece]] = [(tokens, VirtualTokens(prompt, code)), (entries[-1], entry)]
+    if len(entries) > 1:
+        pieces.insert(0, (entries[0], SourceMask(code, parameters_of(entries[0].module), combine)))
+    return pieces
+
+
 def codes(embedding: nn.Module) -> Iterator[Code]:
     """The codes of the prompts that sit in this embedding already."""
     for module in embedding.modules():
         if isinstance(module, VirtualTokens):
             yield module.code
+
+
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder–decoder; None for any other model."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    found = model.get_encoder() if callable(getattr(model, "get_encoder", None)) else None
+    return found if isinstance(found, nn.Module) and found is not model else None
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward, in order."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def position_table(module: nn.Module) -> tuple[int | None, int]:
+    """(positions that fit, the first position) of a model with a learned table of positions; (None, 0) otherwise."""
+    for path, table in module.named_modules():
+        if isinstance(table, nn.Embedding) and re.search(r"(^|\.)(wpe|embed_positions|position_embeddings?)$", path):
+            first = 0 if table.padding_idx is None else table.padding_idx + 1
+            return table.num_embeddings - first - int(getattr(table, "offset", 0)), first
+    return None, 0
+
+
+def _input_embedding(module: nn.Module) -> nn.Module | None:
+    try:
+        found = module.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None

@@ -1,0 +1,44 @@
+"""Runs: described by a `Run`, trained, kept in folders that describe themselves, and used afterwards.
+
+`Run` costs no torch; the verbs are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from inlay.train.run import Data, Run
+
+if TYPE_CHECKING:
+    from inlay.train.convert import convert
+    from inlay.train.inspect import check, methods, show
+    from inlay.train.quickstart import quickstart
+    from inlay.train.record import Record
+    from inlay.train.training import Interrupted, train
+    from inlay.train.use import evaluate, merge, predict
+
+_PLACES = {
+    "train": "training",
+    "Interrupted": "training",
+    "evaluate": "use",
+    "predict": "use",
+    "merge": "use",
+    "check": "inspect",
+    "show": "inspect",
+    "methods": "inspect",
+    "convert": "convert",
+    "quickstart": "quickstart",
+    "Record": "record",
+}
+
+__all__ = [
+    "Data", "Interrupted", "Record", "Run", "check", "convert", "evaluate", "merge", "methods", "predict", "quickstart",
+    "show", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'inlay.train' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"inlay.train.{_PLACES[name]}"), name)

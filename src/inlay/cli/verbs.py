@@ -1,0 +1,238 @@
+"""The verbs. Each parses, calls one library function of the same name, and prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from inlay.train.run import Run
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override any setting: method.r=16, train.learning_rate=1e-3."),
+]
+Columns = Annotated[
+    str | None, typer.Option(metavar="ROLE=COLUMN,…", help="Which column is what, such as text=sentence,label=y.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder, as `inlay train --out` made it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Config = Annotated[Path | None, typer.Argument(metavar="[RUN.YAML]", help="A run's settings; flags override them.")]
+Model = Annotated[str | None, typer.Option(help="The base model: a folder or a hub id.")]
+TaskKind = Annotated[str | None, typer.Option("--task", help="text-classification (default), token-classification, …")]
+Data = Annotated[str | None, typer.Option(help="A folder with train/validation/test files, or a hub id.")]
+Train = Annotated[str | None, typer.Option("--train", metavar="FILE", help="Rows to train on.")]
+Validation = Annotated[str | None, typer.Option(metavar="FILE", help="Rows that choose the best checkpoint.")]
+Test = Annotated[str | None, typer.Option(metavar="FILE", help="Rows to measure on at the end.")]
+MethodKind = Annotated[
+    list[str] | None, typer.Option("--method", help="lora (default), ia3, … (`inlay methods`); repeat it to combine.")
+]
+Out = Annotated[str | None, typer.Option(help="The folder to leave everything in (default runs/TASK-METHOD).")]
+Seed = Annotated[int | None, typer.Option(help="Of initialisation, order and dropout (default 0).")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens kept of each text.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Batch = Annotated[int, typer.Option(min=1, help="Rows at a time.")]
+Split = Annotated[str | None, typer.Option(help="Which split, where --data has several.")]
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option(help="The folder to leave the run in.")] = Path("runs/quickstart"),
+    method: Annotated[str, typer.Option(help="The method to try.")] = "lora",
+) -> None:
+    """Fine-tune a real model on real data, here, now, offline; compare it with frozen features."""
+    from inlay.train.quickstart import quickstart
+
+    quickstart(out, method=method)
+
+
+def train(
+    config: Config = None,
+    model: Model = None,
+    task: TaskKind = None,
+    data: Data = None,
+    training: Train = None,
+    validation: Validation = None,
+    test: Test = None,
+    columns: Columns = None,
+    method: MethodKind = None,
+    out: Out = None,
+    seed: Seed = None,
+    max_length: MaxLength = None,
+    changes: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in --out.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train an adapter, from a YAML file or from flags; leaves a folder that describes itself."""
+    if resume and config is None and model is None and out is not None:
+        config = Path(out) / "run.yaml"
+    run = _run(config, model, task, data, training, validation, test, columns, method, out, seed, max_length, changes)
+    from inlay.train import train
+
+    record = train(run, resume=resume, overwrite=overwrite)
+    from inlay.cli.printing import print_record
+
+    print_record(record)
+
+
+def check(
+    config: Config = None,
+    model: Model = None,
+    task: TaskKind = None,
+    data: Data = None,
+    training: Train = None,
+    validation: Validation = None,
+    test: Test = None,
+    columns: Columns = None,
+    method: MethodKind = None,
+    out: Out = None,
+    seed: Seed = None,
+    max_length: MaxLength = None,
+    changes: Set = None,
+) -> None:
+    """Resolve a run, read its first rows, list the matched modules and the trainable share; run nothing."""
+    run = _run(config, model, task, data, training, validation, test, columns, method, out, seed, max_length, changes)
+    from inlay.cli.printing import print_check
+    from inlay.train import check
+
+    print_check(check(run))
+
+
+def evaluate(folder: Folder, data: Data = None, split: Split = None, batch_size: Batch = 32, as_json: Json = False) -> None:
+    """Measure a run's adapter on a file (default: the run's own test rows)."""
+    from inlay.train import evaluate
+
+    figures = evaluate(folder, data, split=split, batch_size=batch_size, progress=not as_json)
+    if as_json:
+        typer.echo(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            typer.echo(f"{name:<16} {value:.4f}")
+
+
+def predict(
+    folder: Folder,
+    data: Annotated[str, typer.Option(help="The rows: a file, a folder or a hub id.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help=".jsonl, .json or .csv; default: print JSON Lines.")] = None,
+    split: Split = None,
+    batch_size: Batch = 32,
+) -> None:
+    """Predict for each row of a file."""
+    from inlay.train import predict
+
+    found = predict(folder, data, out, split=split, batch_size=batch_size, progress=out is not None)
+    if out is None:
+        for row in found:
+            typer.echo(json.dumps(row, ensure_ascii=False))
+    else:
+        typer.echo(f"{len(found)} predictions in {out}")
+
+
+def merge(
+    folder: Folder,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write the plain transformers model to.")],
+    tolerance: Annotated[float | None, typer.Option(min=0.0, help="Largest logit difference to accept.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fold the adapter into its base, write a plain transformers folder, and check that it answers the same."""
+    from inlay.train import merge
+
+    merged = merge(folder, out, tolerance=tolerance, overwrite=overwrite)
+    typer.echo(
+        f"{merged.out}: a plain transformers model; read back, its logits on {merged.texts} sentences differ by at most "
+        f"{merged.largest_difference:.2g} (allowed: {merged.tolerance:.2g})"
+    )
+
+
+def show(
+    place: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="An adapter or run folder, or a model.")],
+    as_json: Json = False,
+) -> None:
+    """Show what is in an adapter folder, or a model's places and roles (to choose targets from)."""
+    from inlay.cli.printing import as_plain, print_shown
+    from inlay.train import show
+
+    found = show(place)
+    if as_json:
+        typer.echo(json.dumps(as_plain(found), ensure_ascii=False))
+    else:
+        print_shown(found)
+
+
+def methods(
+    kind: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="One method, with its fields.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods: kind, class, HF peft's name, paper; or one of them with its fields."""
+    from inlay.cli.printing import as_plain, print_methods
+    from inlay.train import methods
+
+    found = methods(kind)
+    if as_json:
+        typer.echo(json.dumps(as_plain(found), ensure_ascii=False))
+    else:
+        print_methods(found, fields=kind is not None)
+
+
+def convert(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter folder, from Inlay or HF peft.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    model: Annotated[str | None, typer.Option(help="The base model, to check shapes against and to fingerprint.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Check an adapter and write it anew in the format that Inlay and HF peft share."""
+    from inlay.train import convert
+
+    done = convert(folder, out, model=model, overwrite=overwrite)
+    reader = "Inlay only" if done.peft_type == "INLAY" else f"Inlay and HF peft ({done.peft_type})"
+    typer.echo(f"{done.out}: {done.tensors} tensors, {done.renamed} keys renamed; read by {reader}")
+
+
+VERBS = (quickstart, check, train, evaluate, predict, merge, show, methods, convert)
+NEED_ARGUMENTS = frozenset({check, train, evaluate, predict, merge, show, convert})
+
+
+def _run(
+    config: Path | None,
+    model: str | None,
+    task: str | None,
+    data: str | None,
+    training: str | None,
+    validation: str | None,
+    test: str | None,
+    columns: str | None,
+    method: list[str] | None,
+    out: str | None,
+    seed: int | None,
+    max_length: int | None,
+    changes: list[str] | None,
+) -> Run:
+    from inlay.train.run import Run
+
+    named = {"path": data, "train": training, "validation": validation, "test": test}
+    flags: dict[str, Any] = {
+        "model": model,
+        "task": task,
+        "data": {key: value for key, value in named.items() if value is not None},
+        "columns": _pairs(columns),
+        "method": method[0] if method and len(method) == 1 else method,
+        "out": out,
+        "seed": seed,
+        "max_length": max_length,
+    }
+    return Run.from_yaml(config, flags, changes or ())
+
+
+def _pairs(columns: str | None) -> dict[str, str]:
+    from inlay.errors import ConfigError
+
+    pairs = {}
+    for part in (columns or "").split(","):
+        role, equals, column = (piece.strip() for piece in part.partition("="))
+        if part.strip() and not (role and equals and column):
+            raise ConfigError(f"--columns takes ROLE=COLUMN,…, such as text=sentence,label=y; got {columns!r}")
+        if role:
+            pairs[role] = column
+    return pairs

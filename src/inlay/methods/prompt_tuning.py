@@ -1,0 +1,131 @@
+"""Prompt tuning: n trained vectors stand before the text, where n tokens more would have stood.
+
+Lester, Al-Rfou, Constant (2021), "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv:2104.08691.
+
+    E' = [p_1 … p_n ; E(x)]        prepended (the paper)
+    E'_i = E(x)_i + p_i, i ≤ n     added onto the first n tokens of the text
+
+With an ensemble, k prompts run side by side in one batch: the loss is the mean of their losses, so that each learns by
+itself, and the prediction is the mean of their logits (or log-probabilities).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from inlay.engine.piece import Method, Piece, take, trainable_dtype
+from inlay.errors import ConfigError, UnsupportedError
+from inlay.methods._prompt_init import Init, initial_prompt
+from inlay.methods._prompts import Combine, Prompt, VirtualTokens, prompt_pieces, prompt_sites
+
+if TYPE_CHECKING:
+    from inlay.engine.sites import Site, SiteIndex
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptTuning(Method):
+    """n trained input vectors (d: width of the token embedding). Parameters: ensemble · num_virtual_tokens · d.
+
+    Encoders and decoders see the prompt before their text; in an encoder–decoder it stands before the source. Outputs,
+    `generate`'s too, have the base's shapes. Prepended, it is HF peft's PROMPT_TUNING.
+    """
+
+    kind = "prompt_tuning"
+    hosts = frozenset({"module", "embedding"})
+    peft_type = "PROMPT_TUNING"
+    paper = "https://arxiv.org/abs/2104.08691"
+
+    num_virtual_tokens: int = 20
+    """n, the vectors of one prompt."""
+    position: Literal["prepended", "added"] = "prepended"
+    """Before the text, or added onto the embeddings of its first n tokens (padding aside)."""
+    init: Init | None = None
+    """How the vectors start: "random" (normal, with the embedding's own standard deviation), "vocabulary" (embeddings of
+    tokens drawn at random), "text" (those of `text`, repeated or cut to n), "labels" (one vector for each label's name,
+    the others from the vocabulary), "zeros". None: "vocabulary" when prepended, "zeros" when added."""
+    text: str | tuple[str, ...] | None = None
+    """For init="text": the text, or one for each prompt of an ensemble."""
+    labels: tuple[str, ...] | None = None
+    """For init="labels": the names; None takes the model's own (config.id2label)."""
+    tokenizer: str | None = None
+    """For these two: name or folder of the tokenizer; None takes the model's own."""
+    ensemble: int = 1
+    """k, prompts that run side by side in one batch, whose predictions are combined."""
+    combine: Combine = "logits"
+    """What an ensemble averages: "logits" or "log_probabilities"."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_virtual_tokens", "ensemble"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{type(self).__name__}({name}={getattr(self, name)}): it must be 1 or more")
+        choices = {"position": ("prepended", "added"), "combine": ("logits", "log_probabilities")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{type(self).__name__}({name}={getattr(self, name)!r}): choose {' or '.join(allowed)}")
+        if self.targets is not None or self.exclude is not None or self.layers is not None or self.overrides:
+            raise ConfigError(f"{type(self).__name__} sits at the model's entry: it has no targets, layers or overrides")
+
+    def sites(self, index: SiteIndex) -> list[Site]:
+        """The model, its encoder if it is an encoder–decoder, and the token embedding that reads the text."""
+        return prompt_sites(index, type(self).__name__)
+
+    def build(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Piece]]:
+        embedding = sites[-1].module
+        added = self.position == "added"
+        init = self.init or ("zeros" if added else "vocabulary")
+        vectors = initial_prompt(
+            model, embedding, self.num_virtual_tokens, self.ensemble, init, self.text, self.labels, self.tokenizer
+        )
+        prompt = Prompt(vectors.to(trainable_dtype(sites[-1].dtype)))
+        return prompt_pieces(sites, prompt, self.num_virtual_tokens, self.ensemble, added, self.combine)
+
+    def for_file(self) -> Method:
+        """The method as a file describes it: how the vectors started no longer matters."""
+        return self.replace(init="zeros", text=None, labels=None, tokenizer=None)
+
+    def export(self, pieces: Sequence[tuple[Site, Piece]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {"prompt_embeddings": _owner(pieces).shared[0]()}, {}
+
+    def import_(self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
+        parameter = _owner(pieces).shared[0]()
+        found = first_half(tensors, parameter.shape)
+        with torch.no_grad():
+            parameter.copy_(take(found, "prompt_embeddings", parameter.shape))
+
+    def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
+        if self.position == "added" or self.ensemble > 1:
+            raise UnsupportedError("HF peft has neither added prompts nor prompt ensembles")
+        return {**prompt_fields(self.num_virtual_tokens, sites, index), "prompt_tuning_init": "RANDOM"}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> list[Method]:
+        return [cls(num_virtual_tokens=config["num_virtual_tokens"], init="zeros")]
+
+
+def prompt_fields(length: int, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
+    """The fields that peft's configs for prompts have in common."""
+    config = getattr(index.model, "config", None)
+    return {
+        "num_virtual_tokens": length,
+        "token_dim": sites[-1].out_features,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": getattr(config, "num_attention_heads", None),
+        "num_layers": getattr(config, "num_hidden_layers", None),
+    }
+
+
+def first_half(tensors: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
+    """The file's tensors, without the second prompt that peft writes for an encoder–decoder and never uses."""
+    found = tensors.get("prompt_embeddings")
+    if found is not None and found.ndim == 2 and found.shape[0] == 2 * shape[0]:
+        tensors["prompt_embeddings"] = found[: shape[0]]
+    return tensors
+
+
+def _owner(pieces: Sequence[tuple[Site, Piece]]) -> VirtualTokens:
+    return next(piece for _, piece in pieces if isinstance(piece, VirtualTokens))
