@@ -77,7 +77,8 @@ def run(arguments: list[str], debug: bool) -> int:
                 typer.echo("inlay: stopped", err=True)
                 return 130
             raise
-        typer.echo(f"inlay: {_usage(error, command, arguments)}", err=True)
+        if error.format_message():  # it is empty where the help was printed instead
+            typer.echo(f"inlay: {_usage(error, command, arguments)}", err=True)
         return int(getattr(error, "exit_code", 2))
 
 

@@ -35,6 +35,7 @@ Seed = Annotated[int | None, typer.Option(help="Of initialisation, order and dro
 MaxLength = Annotated[int | None, typer.Option(help="Tokens kept of each text.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows at a time.")]
+Rows = Annotated[str | None, typer.Option("--data", help="The rows: a file, a folder or a hub id.")]
 Split = Annotated[str | None, typer.Option(help="Which split, where --data has several.")]
 
 
@@ -43,7 +44,7 @@ def quickstart(
     method: Annotated[str, typer.Option(help="The method to try.")] = "lora",
 ) -> None:
     """Fine-tune a real model on real data, here, now, offline; compare it with frozen features."""
-    from inlay.train.quickstart import quickstart
+    from inlay.train import quickstart
 
     quickstart(out, method=method)
 
@@ -100,7 +101,7 @@ def check(
     print_check(check(run))
 
 
-def evaluate(folder: Folder, data: Data = None, split: Split = None, batch_size: Batch = 32, as_json: Json = False) -> None:
+def evaluate(folder: Folder, data: Rows = None, split: Split = None, batch_size: Batch = 32, as_json: Json = False) -> None:
     """Measure a run's adapter on a file (default: the run's own test rows)."""
     from inlay.train import evaluate
 

@@ -1,4 +1,4 @@
-"""Places in any model: where a piece can sit, what role the place plays, and how users name it.
+r"""Places in any model: where a piece can sit, what role the place plays, and how users name it.
 
     index = SiteIndex(model)
     index.select("query,value", hosts=frozenset({"linear"}), layers="0-3")
@@ -8,7 +8,7 @@ The grammar of targets, one item or several separated by commas (or a list of th
     all-linear          every linear, and the projections of nn.MultiheadAttention, without output heads
     query, ffn, norm    a role (`inlay.engine.roles.ROLES` lists them); read as a name where no such role is found
     q_proj, 3.mlp.fc1   a name: the whole path of a place, or its end after a dot
-    re:.*\\.fc[12]       a regular expression that fits the whole name
+    re:.*\.fc[12]        a regular expression that fits the whole name
     role:key  name:key  one reading only
 
 or a callable (site) -> bool. Every item must match, or it is a TargetError.
@@ -17,14 +17,16 @@ or a callable (site) -> bool. Every item must match, or it is a TargetError.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inlay.engine.roles import ALIASES, ROLES, Place, Structure, ancestors, join, known_role, parent
+from inlay.engine.roles import ALIASES, ROLES, known_role
+from inlay.engine.structure import Place, Structure, ancestors, join
+from inlay.engine.targets import compile_regex, layer_indices, split_items
 from inlay.errors import TargetError, UnsupportedError, did_you_mean
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -79,7 +81,7 @@ class Site:
         if weight is None:  # a parametrised weight is not among the parameters
             weight = getattr(self.module, name, None)
         if not isinstance(weight, Tensor):
-            raise UnsupportedError(f"{self.name or 'the root'} ({type(self.module).__name__}) has no parameter {name!r}")
+            raise UnsupportedError(f"{self._label()} has no parameter {name!r}")
         return weight
 
     @property
@@ -157,7 +159,10 @@ class Site:
         if self.kind == "parameter" and self.weight.ndim in (2, 3):
             rows, columns = self.weight.shape[-2:]
             return (rows, columns) if self.transposed else (columns, rows)
-        raise UnsupportedError(f"{self.name or 'the root'} (kind {self.kind}) has no input and output features")
+        raise UnsupportedError(f"{self._label()} has no one number of input and output features")
+
+    def _label(self) -> str:
+        return f"{self.name or 'the root'} ({type(self.module).__name__}, kind {self.kind})"
 
     def _sample(self) -> Tensor:
         if self.kind not in ("module", "attention"):
@@ -179,12 +184,10 @@ class SiteIndex:
 
     def _site(self, place: Place, roles: frozenset[str] | None = None) -> Site:
         """The site of a place; `roles` replace the ones that its own name gives it."""
-        read, layer, depth = self._structure.read(place)
-        above = place.path if place.kind == "parameter" else None
-        if above is not None and place.path.endswith("out_proj") and parent(above) in self._structure.attentions:
-            above = parent(above)
-        owner = above if above is not None and self._structure.kinds.get(above) == "attention" else None
-        return Site(place.path, place.module, place.kind, read if roles is None else roles, layer, place.parameter, depth, owner)
+        reading = self._structure.read(place)
+        roles = reading.roles if roles is None else roles
+        owner = self._structure.torch_attention(place.path) if place.kind == "parameter" else None
+        return Site(*place[:3], roles, reading.layer, place.parameter, reading.depth, owner)
 
     def by_name(self) -> dict[str, Site]:
         """Every site by its name."""
@@ -304,7 +307,7 @@ class SiteIndex:
         if not depths:
             raise TargetError(f"{_prefix(what)}layers={layers!r}, but {self._model()} has no repeated stack of blocks")
         wanted = set()
-        for index in _indices(layers, what):
+        for index in layer_indices(layers):
             found = {(index % depth, depth) for depth in depths if -depth <= index < depth}
             if not found:
                 raise TargetError(
@@ -361,69 +364,20 @@ def _modules(model: nn.Module, hidden: tuple[str, ...] = HIDDEN) -> Iterator[tup
 
 def _places(model: nn.Module) -> Iterator[Place]:
     """Every module, each followed by those of its parameters that are places too."""
-    attentions: set[str] = set()
+    projections: set[str] = set()
     for path, module in _modules(model):
         # nn.MultiheadAttention reads out_proj's weight and never calls it: a parameter site, not a linear one.
-        if path.endswith("out_proj") and parent(path) in attentions:
+        if path in projections:
             yield Place(path, module, "parameter", "weight")
             continue
         kind = kind_of(module)
         yield Place(path, module, kind, None)
         if kind == "attention":
-            attentions.add(path)
+            projections.add(join(path, "out_proj"))
         if kind in ("attention", "module") and not isinstance(module, OPAQUE):
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.ndim in (2, 3) and "bias" not in name:
                     yield Place(path, module, "parameter", name)
-
-
-# -- reading a target ------------------------------------------------------------------------------------------------
-
-
-def split_items(targets: str | Sequence[str]) -> list[str]:
-    """The items of a target: split at commas that stand outside brackets (a regular expression may hold some)."""
-    if not isinstance(targets, str):
-        return [item for target in targets for item in split_items(target)]
-    items, depth, escaped, current = [], 0, False, ""
-    for character in targets:
-        depth += (not escaped) * ((character in "([{") - (character in ")]}"))
-        if character == "," and depth <= 0:
-            items.append(current)
-            current = ""
-        else:
-            current += character
-        escaped = character == "\\" and not escaped
-    return [item for item in (item.strip() for item in [*items, current]) if item]
-
-
-def compile_regex(item: str) -> re.Pattern[str]:
-    """The pattern of a "re:…" item. Raises TargetError when it is not a regular expression."""
-    try:
-        return re.compile(item.removeprefix("re:"))
-    except re.error as error:
-        raise TargetError(f"target {item!r} is not a regular expression: {error}") from error
-
-
-def _indices(layers: Any, what: str) -> list[int]:
-    """The indices that `layers` names, as written."""
-    if isinstance(layers, bool):
-        layers = None
-    if isinstance(layers, int):
-        return [layers]
-    if isinstance(layers, str):
-        indices: list[int] = []
-        for part in layers.split(","):
-            match = re.fullmatch(r"\s*(-?\d+)(?:\s*-\s*(-?\d+))?\s*", part)
-            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-            if first > last:
-                raise TargetError(f"{_prefix(what)}layers={layers!r}: cannot read {part!r}; write ranges as '0-3,8'")
-            indices += range(first, last + 1)
-        return indices
-    if isinstance(layers, Iterable):
-        indices = list(layers)
-        if indices and all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
-            return indices
-    raise TargetError(f"{_prefix(what)}layers={layers!r}: give an index, a list of indices, or ranges such as '0-3,8'")
 
 
 def _prefix(what: str) -> str:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from inlay.train.run import Data, Run
 
 if TYPE_CHECKING:
-    from inlay.train.convert import convert
+    from inlay.train.conversion import convert
     from inlay.train.inspect import check, methods, show
-    from inlay.train.quickstart import quickstart
+    from inlay.train.demo import quickstart
     from inlay.train.record import Record
     from inlay.train.training import Interrupted, train
     from inlay.train.use import evaluate, merge, predict
@@ -27,8 +27,8 @@ _PLACES = {
     "check": "inspect",
     "show": "inspect",
     "methods": "inspect",
-    "convert": "convert",
-    "quickstart": "quickstart",
+    "convert": "conversion",
+    "quickstart": "demo",
     "Record": "record",
 }
 

@@ -1,0 +1,300 @@
+"""Text classification: one text or two to one label, several labels, or a number.
+
+Labels are names. One label a row is softmax and cross-entropy (accuracy, macro-F1, Matthews correlation); several
+(lists, "a,b" with `separator`, or 0/1 columns label=a+b+c) are one sigmoid each (micro- and macro-F1, exact sets);
+numbers are least squares (mean squared error, Pearson, Spearman).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch.nn import functional
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from inlay.errors import ConfigError, DataError, did_you_mean
+from inlay.tasks import columns as named_columns
+from inlay.tasks.batches import batches, check_fit, evaluating, length_limit, padder
+from inlay.tasks.columns import parts, texts, values
+from inlay.tasks.data import place, source_name
+from inlay.tasks.labels import as_number, check_known, label_name, sort_labels
+from inlay.tasks.loading import load_pretrained
+from inlay.tasks.task import Collator, Task
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextClassification(Task):
+    """One text, or a pair, to a label. Roles: text, text_pair, label."""
+
+    kind: ClassVar[str] = "text-classification"
+    roles: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
+
+    labels: tuple[str, ...] | None = None
+    """The classes in the order of the model's outputs; collected from the training rows when None."""
+    problem_type: str | None = None
+    """"single_label_classification", "multi_label_classification" or "regression"; told from the labels when None."""
+    separator: str | None = None
+    """What stands between the labels in one string ("a,b"); makes the task multi-label."""
+    threshold: float = 0.5
+    """Multi-label: the probability from which a label is predicted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = (SINGLE, MULTI, REGRESSION)
+        if self.problem_type is not None and self.problem_type not in known:
+            raise ConfigError(f"problem_type {self.problem_type!r} is none of {', '.join(known)}"
+                              f"{did_you_mean(self.problem_type, known)}")  # fmt: skip
+
+    # -- from the data -----------------------------------------------------------------------------------------------
+
+    def guess(self, rows: Dataset) -> dict[str, str]:
+        found, names = dict(self.columns), rows.column_names
+        lower = {name.lower(): name for name in reversed(names)}
+        if "text" not in found and "text_pair" not in found:
+            for first, second in named_columns.PAIRS:
+                if first in lower and second in lower and lower[second] not in found.values():
+                    found |= {"text": lower[first], "text_pair": lower[second]}
+                    break
+        taken = [part for column in found.values() for part in parts(rows, column)]
+        if "label" not in found:
+            label = named_columns.named(rows, named_columns.LABEL, without=taken)
+            if label is not None:
+                found["label"] = label
+                taken.append(label)
+        if "text" not in found:
+            candidates = named_columns.text_columns(rows, without=taken)
+            text = named_columns.named(rows, named_columns.TEXT, without=set(names) - set(candidates))
+            if text is None and not candidates:
+                raise named_columns.cannot_guess(rows, "text")
+            found["text"] = text or candidates[0]
+            taken.append(found["text"])
+        if "label" not in found:
+            left = named_columns.other_columns(rows, without=taken)
+            if len(left) != 1:
+                raise named_columns.cannot_guess(rows, "label")
+            found["label"] = left[0]
+        return {role: found[role] for role in self.roles if role in found}
+
+    def complete(self, splits: Mapping[str, Dataset]) -> Self:
+        for rows in splits.values():
+            self._texts(rows)
+        if self.labels is not None or (self.problem_type == REGRESSION and "train" not in splits):
+            task = self if self.problem_type else dataclasses.replace(self, problem_type=self._problem(splits))
+        else:
+            if "train" not in splits:
+                raise DataError("the labels come from the training rows, and there are none: give a train split, or labels=…")
+            task = self._with_labels(splits["train"], self._problem(splits))
+        for split, rows in splits.items():
+            targets = task._targets(rows)
+            if targets is None and split != "test":
+                column = named_columns.require(rows, task.column("label"), "label")
+                raise DataError(f"{source_name(rows)}: the {split} rows have no labels (column {column!r} is empty)")
+            if targets is not None and task.problem_type != REGRESSION:
+                assert task.labels is not None
+                check_known(targets, task.labels, rows, split, from_train=self.labels is None)
+        return task
+
+    def _problem(self, splits: Mapping[str, Dataset]) -> str:
+        """The problem type as given, or as the labels' shape tells it."""
+        if self.problem_type is not None:
+            return self.problem_type
+        rows = splits.get("train", next(iter(splits.values())))
+        found = parts(rows, self.column("label"))
+        if self.separator is not None or len(found) > 1:
+            return MULTI
+        cells = [cell for cell in values(rows, found[0], "label") if cell is not None]
+        if any(isinstance(cell, list) for cell in cells):
+            return MULTI
+        numbers = [as_number(cell) for cell in cells]
+        fractions = all(number is not None for number in numbers) and any(number % 1 for number in numbers)  # type: ignore[operator]
+        return REGRESSION if fractions else SINGLE
+
+    def _with_labels(self, rows: Dataset, problem: str) -> Self:
+        task = dataclasses.replace(self, problem_type=problem)
+        if problem == REGRESSION:
+            return task
+        found = parts(rows, self.column("label"))
+        targets = task._targets(rows)
+        if targets is None:
+            raise DataError(f"{source_name(rows)}: the label column {self.column('label')!r} is empty in every row")
+        used = sort_labels(name for names in targets for name in names)
+        if problem == SINGLE and len(used) < 2:
+            raise DataError(f"{source_name(rows)}: every row has the label {used[0]!r}, so there is nothing to learn")
+        if not used:
+            raise DataError(f"{source_name(rows)}: no row has any label")
+        names = tuple(found) if len(found) > 1 else named_columns.class_names(rows, found[0])
+        return dataclasses.replace(task, labels=names or used)
+
+    def details(self) -> str:
+        names = list(self.labels or ())
+        shown = ", ".join(names[:12]) + (f", … ({len(names)} in all)" if len(names) > 12 else "")
+        return f"labels: {shown} ({self.problem_type})" if names else f"labels: numbers ({self.problem_type})"
+
+    # -- reading rows ------------------------------------------------------------------------------------------------
+
+    def _texts(self, rows: Dataset) -> list[list[str]]:
+        roles = [role for role in ("text", "text_pair") if role in self.columns or role == "text"]
+        return [texts(rows, self.column(role), role) for role in roles]
+
+    def _targets(self, rows: Dataset) -> list[Any] | None:
+        """Row by row the label names (one, or several), or the number; None where the rows have no labels."""
+        column = self.column("label")
+        names = parts(rows, column)
+        if any(name not in rows.column_names for name in names):
+            return None
+        if len(names) > 1:
+            return self._flags(rows, names)
+        cells = values(rows, names[0], "label")
+        if all(cell is None for cell in cells):
+            return None
+        return [self._target(cell, rows, index) for index, cell in enumerate(cells)]
+
+    def _target(self, cell: Any, rows: Dataset, index: int) -> Any:
+        if self.problem_type == REGRESSION:
+            number = as_number(cell)
+            if number is None:
+                raise DataError(f"{place(rows, index)}: the label {cell!r} is not a number, which regression needs")
+            return number
+        if cell is None or (cell == "" and self.problem_type == SINGLE):
+            raise DataError(f"{place(rows, index)}: the label (column {self.column('label')!r}) is "
+                            f"{'null' if cell is None else 'empty'}; fill it or leave the row out")  # fmt: skip
+        if self.problem_type == SINGLE:
+            if isinstance(cell, list):
+                raise DataError(f"{place(rows, index)}: the label is a list; set task.problem_type={MULTI}")
+            return [label_name(cell)]
+        if isinstance(cell, str):
+            cell = [part.strip() for part in cell.split(self.separator)] if self.separator else [cell]
+        return [label_name(item) for item in (cell if isinstance(cell, list) else [cell]) if item not in (None, "")]
+
+    def _flags(self, rows: Dataset, names: list[str]) -> list[list[str]]:
+        """Labels from one 0/1 column each."""
+        table = {name: [as_number(int(cell) if isinstance(cell, bool) else cell) for cell in rows[name][:]] for name in names}
+        for name, cells in table.items():
+            wrong = next((index for index, cell in enumerate(cells) if cell not in (0.0, 1.0)), None)
+            if wrong is not None:
+                raise DataError(f"{place(rows, wrong)}: label column {name!r} holds {rows[wrong][name]!r}; 0 or 1 is needed")
+        return [[name for name in names if table[name][index]] for index in range(len(rows))]
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+
+    @property
+    def primary_metric(self) -> tuple[str, bool]:
+        return {MULTI: ("micro_f1", True), REGRESSION: ("mse", False)}.get(self.problem_type or SINGLE, ("accuracy", True))
+
+    def load_model(self, model: str | Path, **kwargs: Any) -> PreTrainedModel:
+        names = self._resolved_labels()
+        return load_pretrained(
+            AutoModelForSequenceClassification, model, purpose=self.kind, new_head=True,
+            num_labels=max(1, len(names)), problem_type=self.problem_type,
+            id2label=dict(enumerate(names)) or {0: "value"}, label2id={name: i for i, name in enumerate(names)} or {"value": 0},
+            **kwargs,
+        )  # fmt: skip
+
+    def _resolved_labels(self) -> tuple[str, ...]:
+        if self.problem_type is None or (self.labels is None and self.problem_type != REGRESSION):
+            raise ConfigError(f"{self.kind} does not know its labels yet: call resolve(splits) first, or give labels=…")
+        return self.labels or ()
+
+    # -- rows to batches to results ----------------------------------------------------------------------------------
+
+    def features(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, train: bool) -> Dataset:
+        names = self._resolved_labels()
+        encoded = dict(tokenizer(*self._texts(rows), truncation=True, max_length=length_limit(tokenizer, self.max_length)))
+        targets = self._targets(rows)
+        if targets is None and train:
+            raise DataError(f"{source_name(rows)} has no column {self.column('label')!r} to train on")
+        if targets is not None and self.problem_type != REGRESSION:
+            check_known(targets, names, rows, "train" if train else "given", from_train=True)
+            ids = {name: index for index, name in enumerate(names)}
+            if self.problem_type == SINGLE:
+                targets = [ids[found] for (found,) in targets]
+            else:
+                targets = [[float(name in found) for name in names] for found in targets]
+        return Dataset.from_dict(encoded | ({} if targets is None else {"labels": targets}))
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Collator:
+        check_fit(model, tokenizer, self.max_length)
+        return padder(tokenizer, model)
+
+    def _outputs(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, features: Dataset, batch_size: int, what: str, progress: bool
+    ) -> torch.Tensor:
+        """Logits of every row, in the order of the rows: float32 (rows, classes)."""
+        outputs = torch.empty(len(features), max(1, len(self._resolved_labels())))
+        collate = self.collator(tokenizer, model)
+        features = features.remove_columns([name for name in features.column_names if name == "labels"])
+        with evaluating(model):
+            for indices, batch in batches(model, features, collate, batch_size, what=what, progress=progress):
+                outputs[indices] = model(**batch).logits.float().cpu()
+        return outputs
+
+    def evaluate(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, batch_size: int = 32, progress: bool = False
+    ) -> dict[str, float]:
+        features = self.features(rows, tokenizer, train=False)
+        if "labels" not in features.column_names:
+            raise DataError(f"{source_name(rows)} has no labels to evaluate against (column {self.column('label')!r})")
+        outputs = self._outputs(model, tokenizer, features, batch_size, "evaluating", progress)
+        targets = torch.tensor(features["labels"][:])
+        if self.problem_type == REGRESSION:
+            return regression_metrics(outputs[:, 0].double().numpy(), targets.double().numpy())
+        if self.problem_type == MULTI:
+            loss = functional.binary_cross_entropy_with_logits(outputs, targets.float()).item()
+            return {"loss": loss} | multi_label_metrics((outputs.sigmoid() >= self.threshold).int().numpy(), targets.int().numpy())
+        loss = functional.cross_entropy(outputs, targets).item()
+        return {"loss": loss} | single_label_metrics(outputs.argmax(-1).numpy(), targets.numpy())
+
+    def predict(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, batch_size: int = 32, progress: bool = False
+    ) -> list[dict[str, Any]]:
+        names, inputs = self._resolved_labels(), self._texts(rows)
+        encoded = dict(tokenizer(*inputs, truncation=True, max_length=length_limit(tokenizer, self.max_length)))
+        outputs = self._outputs(model, tokenizer, Dataset.from_dict(encoded), batch_size, "predicting", progress)
+        given = [dict(zip(("text", "text_pair"), cells, strict=False)) for cells in zip(*inputs, strict=True)]
+        if self.problem_type == REGRESSION:
+            return [row | {"value": value} for row, value in zip(given, outputs[:, 0].tolist(), strict=True)]
+        if self.problem_type == MULTI:
+            scores = [dict(zip(names, line, strict=True)) for line in outputs.sigmoid().tolist()]
+            return [row | {"labels": [name for name, score in line.items() if score >= self.threshold], "scores": line}
+                    for row, line in zip(given, scores, strict=True)]  # fmt: skip
+        best, index = outputs.softmax(-1).max(-1)
+        found = zip(given, index.tolist(), best.tolist(), strict=True)
+        return [row | {"label": names[place_of], "score": score} for row, place_of, score in found]
+
+
+def single_label_metrics(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """accuracy, macro_f1 (mean over the classes that occur) and mcc (Matthews correlation) of class numbers (rows,)."""
+    return {
+        "accuracy": float(accuracy_score(true, predicted)),
+        "macro_f1": float(f1_score(true, predicted, average="macro", zero_division=0)),
+        "mcc": float(matthews_corrcoef(true, predicted)),
+    }
+
+
+def multi_label_metrics(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """micro_f1, macro_f1 and exact (share of rows whose whole set is right) of 0/1 matrices (rows, classes)."""
+    return {
+        "micro_f1": float(f1_score(true, predicted, average="micro", zero_division=0)),
+        "macro_f1": float(f1_score(true, predicted, average="macro", zero_division=0)),
+        "exact": float((true == predicted).all(-1).mean()),
+    }
+
+
+def regression_metrics(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """mse, and the Pearson and Spearman correlations, which are 0 where either side is constant."""
+    from scipy.stats import pearsonr, spearmanr
+
+    defined = len(true) > 1 and np.ptp(true) > 0 and np.ptp(predicted) > 0
+    mse = float(((predicted - true) ** 2).mean())
+    pearson = float(pearsonr(predicted, true).statistic) if defined else 0.0
+    spearman = float(spearmanr(predicted, true).statistic) if defined else 0.0
+    return {"loss": mse, "mse": mse, "pearson": pearson, "spearman": spearman}
