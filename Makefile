@@ -22,7 +22,6 @@ test: lint types tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check . || true
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

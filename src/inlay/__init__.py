@@ -6,11 +6,10 @@ listed here; methods (`inlay.LoRA`, …) are found in `inlay/methods`, one file 
 
 from __future__ import annotations
 
-import functools
 import importlib
-import re
-from pathlib import Path
 from typing import Any
+
+from inlay.engine.catalogue import classes
 
 _PLACES = {
     "attach": "inlay.engine.adapters",
@@ -34,22 +33,8 @@ _PLACES = {
     "InlayError": "inlay.errors",
 }
 
-_METHOD = re.compile(r"^@dataclasses\.dataclass\(frozen=True, kw_only=True\)\nclass (\w+)\(", re.MULTILINE)
-
-
-@functools.cache
-def _methods() -> dict[str, str]:
-    """Method classes and the module each is in, read off the files without importing them."""
-    folder = Path(__file__).parent / "methods"
-    found: dict[str, str] = {}
-    for file in sorted(folder.glob("[!_]*.py")):
-        for name in _METHOD.findall(file.read_text(encoding="utf-8")):
-            found[name] = f"inlay.methods.{file.stem}"
-    return found
-
-
 def __getattr__(name: str) -> Any:
-    module = _PLACES.get(name) or _methods().get(name)
+    module = _PLACES.get(name) or classes().get(name)
     if module is None:
         raise AttributeError(f"module 'inlay' has no attribute {name!r}")
     value = getattr(importlib.import_module(module), name)
@@ -61,4 +46,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-__all__ = sorted([*_PLACES, *_methods()])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_PLACES, *classes()])  # pyright: ignore[reportUnsupportedDunderAll]

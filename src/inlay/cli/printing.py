@@ -23,7 +23,8 @@ def print_record(record: Record) -> None:
     share = record.trainable_parameters / max(record.total_parameters, 1)
     typer.echo(f"trained     {record.trainable_parameters:,} of {record.total_parameters:,} parameters ({share:.2%})")
     typer.echo(f"adapter     {size(record.adapter_bytes)}, from step {record.best_step} of {record.steps}")
-    typer.echo(f"took        {duration(record.seconds)}, at most {size(record.peak_memory_bytes)} of memory, on {record.device}")
+    memory = size(record.peak_memory_bytes)
+    typer.echo(f"took        {duration(record.seconds)}, at most {memory} of memory, on {record.device}")
     typer.echo(f"folder      {Path(record.out).resolve()}")
     typer.echo(f"next        inlay predict {record.out} --data FILE --out predictions.jsonl")
 
@@ -53,7 +54,8 @@ def print_shown(found: AdapterFolder | list[Places]) -> None:
         for number, method in enumerate(found.methods):
             typer.echo(f"{'method' if number == 0 else '':<11} {method}")
         typer.echo(f"base        {found.base_model}")
-        typer.echo(f"weights     {found.parameters:,} parameters in {found.tensors} tensors ({', '.join(found.dtypes)}), {size(found.bytes)}")
+        held = f"{found.parameters:,} parameters in {found.tensors} tensors"
+        typer.echo(f"weights     {held} ({', '.join(found.dtypes)}), {size(found.bytes)}")
         if found.modules_to_save:
             typer.echo(f"whole       {', '.join(found.modules_to_save)}")
         typer.echo(f"read by     {reader}")

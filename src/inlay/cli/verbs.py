@@ -101,7 +101,9 @@ def check(
     print_check(check(run))
 
 
-def evaluate(folder: Folder, data: Rows = None, split: Split = None, batch_size: Batch = 32, as_json: Json = False) -> None:
+def evaluate(
+    folder: Folder, data: Rows = None, split: Split = None, batch_size: Batch = 32, as_json: Json = False
+) -> None:
     """Measure a run's adapter on a file (default: the run's own test rows)."""
     from inlay.train import evaluate
 
@@ -116,7 +118,9 @@ def evaluate(folder: Folder, data: Rows = None, split: Split = None, batch_size:
 def predict(
     folder: Folder,
     data: Annotated[str, typer.Option(help="The rows: a file, a folder or a hub id.")],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help=".jsonl, .json or .csv; default: print JSON Lines.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help=".jsonl, .json or .csv; default: print JSON Lines.")
+    ] = None,
     split: Split = None,
     batch_size: Batch = 32,
 ) -> None:
@@ -142,8 +146,8 @@ def merge(
 
     merged = merge(folder, out, tolerance=tolerance, overwrite=overwrite)
     typer.echo(
-        f"{merged.out}: a plain transformers model; read back, its logits on {merged.texts} sentences differ by at most "
-        f"{merged.largest_difference:.2g} (allowed: {merged.tolerance:.2g})"
+        f"{merged.out}: a plain transformers model; read back, its logits on {merged.texts} sentences differ by "
+        f"at most {merged.largest_difference:.2g} (allowed: {merged.tolerance:.2g})"
     )
 
 
@@ -180,7 +184,9 @@ def methods(
 def convert(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter folder, from Inlay or HF peft.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
-    model: Annotated[str | None, typer.Option(help="The base model, to check shapes against and to fingerprint.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base model, to check shapes against and to fingerprint.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Check an adapter and write it anew in the format that Inlay and HF peft share."""

@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
-import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
+from inlay.engine.catalogue import PACKAGE, kinds
 from inlay.engine.piece import KINDS, Method
 from inlay.errors import ConfigError, did_you_mean
-
-PACKAGE = "inlay.methods"
-
-
-def kinds() -> list[str]:
-    """Every method's kind, which is the name of its file, sorted. Imports no method."""
-    spec = importlib.util.find_spec(PACKAGE)
-    assert spec is not None and spec.submodule_search_locations is not None
-    names = (module.name for module in pkgutil.iter_modules(spec.submodule_search_locations))
-    return sorted({name for name in names if not name.startswith("_")} | set(KINDS))
 
 
 def method_class(kind: str) -> type[Method]:

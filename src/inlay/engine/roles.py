@@ -56,7 +56,7 @@ ALIASES = {"ffn.up": "up", "ffn.down": "down", "ffn.gate": "gate", "ffn.gate_up"
 
 
 class Rule(NamedTuple):
-    """One row: an address that ends in `pattern` has `roles`, if a neighbour is named `beside` (where that is given)."""
+    """One row: an address that ends in `pattern` has `roles`, if a neighbour fits `beside` (where one is given)."""
 
     pattern: re.Pattern[str]
     roles: frozenset[str]
@@ -70,65 +70,77 @@ def rule(pattern: str, roles: str, beside: str = "") -> Rule:
     )
 
 
-QUERY = r"q|q_proj|q_lin|query|query_proj|wq|q_attn|to_q|project_q|linear_q|q_linear|Wq"
-KEY = r"k|k_proj|k_lin|key|key_proj|wk|to_k|project_k|linear_k|k_linear|Wk"
-VALUE = r"v|v_proj|v_lin|value|value_proj|wv|to_v|project_v|linear_v|v_linear|Wv"
+QUERY = r"q|q_proj|q_lin|query|query_proj|wq|q_attn|to_q|project_q|linear_q|q_linear|q_head|Wq"
+KEY = r"k|k_proj|k_lin|key|key_proj|wk|to_k|project_k|linear_k|k_linear|k_head|Wk"
+VALUE = r"v|v_proj|v_lin|value|value_proj|wv|to_v|project_v|linear_v|v_linear|v_head|Wv"
 FUSED = r"qkv|qkv_proj|query_key_value|c_attn|Wqkv|to_qkv|qkv_linear|in_proj_weight|in_proj_bias"
+FUSED_IN_ATTENTION = r"in_proj|att_proj"  # other modules use these names too: only where the class says attention
 KEY_VALUE = r"kv|kv_proj|to_kv|key_value|Wkv"
 LATENT = r"kv_a_proj(?:_with_mqa)?|wkv_a"
-OUTPUT = r"o|o_proj|out_proj|out_lin|dense|c_proj|proj|Wo|wo|to_out|to_out\.0|output_proj|linear_out|post_proj|out"
+LATENT_QUERY = r"q_b_proj|wq_b"
+OUTPUT = (
+    r"o|o_proj|o_b_proj|out_proj|out_lin|out|output|dense|c_proj|proj|projection_layer|Wo|wo|to_out(\.0)?|output_proj"
+    r"|linear_out|post_proj"
+)
 
 # Projections: linear, convolution and parameter places.
 PROJECTIONS = (
     rule(r"@\.(q_a_proj|wq_a)", "attention q_a"),
-    rule(r"@\.(q_b_proj|wq_b)", "attention q_b query"),
+    rule(rf"@\.({LATENT_QUERY})", "attention q_b query"),
     rule(rf"@\.({LATENT})", "attention kv_a"),
     rule(r"@\.(kv_b_proj|wkv_b)", "attention kv_b kv key value"),
     rule(r"@\.c_attn", "attention kv key value", beside=r"q_attn"),
-    rule(rf"@\.({FUSED})", "attention qkv query key value"),
+    rule(rf"@\.({FUSED}|{FUSED_IN_ATTENTION})", "attention qkv query key value"),
     rule(rf"@\.({KEY_VALUE})", "attention kv key value"),
     rule(rf"@\.({QUERY}|q_proj_weight)", "attention query"),
     rule(rf"@\.({KEY}|k_proj_weight)", "attention key"),
     rule(rf"@\.({VALUE}|v_proj_weight)", "attention value"),
     rule(rf"@\.({OUTPUT}|out_proj\.(weight|bias))", "attention output"),
-    rule(r"~\.(output\.)?(dense|proj|linear|c_proj|out_proj|o_proj)", "attention output"),
+    rule(r"~\.(output\.)?(dense|proj|linear|c_proj|out_proj|o_proj)|~\.output", "attention output"),
     rule(r"@\..*", "attention"),
+    rule(r"\.linear_attn\.in_proj_qkvz?", "attention qkv query key value"),
+    rule(r"\.linear_attn\.out_proj", "attention output"),
+    rule(r"\.linear_attn\.in_proj_\w+", "attention"),
     rule(r"\.(gate|router|wg)(\.\w+)?", "router", beside=r"experts?"),
     rule(r"\.router(\.\w+)*|\.shared_experts?_gate", "router"),
     rule(r"\.(gate_up_proj|up_gate_proj|gate_and_up_proj|w12|Wi|input_linear(\.weight)?)", "ffn gate_up gate up"),
     rule(r"\.(gate_proj|wi_0|w_gate)", "ffn gate"),
     rule(r"\.w1", "ffn gate", beside=r"w3|v1"),
     rule(
-        r"\.(up_proj|wi_1|wi|w3|v1|w1|w_up|c_fc|fc1|fc_in|lin1|linear1|linear_fc1|dense_h_to_4h|intermediate_dense)"
-        r"|\.intermediate\.dense|#\.ffn",
+        r"\.(up_proj|wi_1|wi|w3|v1|w1|w_up|c_fc|fc1|fc_in|lin1|linear_?1|linear_fc1|layer_1|dense1|dense_h_to_4h)"
+        r"|\.(intermediate_dense|intermediate\w*\.dense|feed_forward\.intermediate)|#\.ffn|\.(mlp|ffn?|net)\.0",
         "ffn up",
     ),
     rule(
-        r"\.(down_proj|wo|Wo|w2|w_down|c_proj|fc2|fc_out|lin2|linear2|linear_fc2|dense_4h_to_h|output_dense)"
-        r"|\.output_linear(\.weight)?|#\.output\.dense|#\.ffn_output",
+        r"\.(down_proj|wo|Wo|w2|w_down|c_proj|fc2|fc_out|lin2|linear_?2|linear_fc2|layer_2|dense2|dense_4h_to_h)"
+        r"|\.(output_dense|feed_forward\.output|output_linear(\.weight)?|ffn\.\d+\.output\.dense)"
+        r"|#\.(output\w*\.dense|ffn_output)|\.(mlp|ffn?|net)\.[23]",
         "ffn down",
     ),
 )
 EXPERTS = re.compile(r"\.experts\.|moe\.(in|out)put_linear\.")
 SHARED_EXPERT = re.compile(r"\.(shared_experts?|shared_mlp)\.")
 
-# Normalisation inside a block. "after" and "before": certainly after, or before, the residual addition; otherwise
-# `Structure.normalises_first` decides.
+# Normalisation inside a block. After the residual addition ("after"), before it ("before"), as a flag of the block or
+# of its config says ("flagged"), or, where none of these is given, as `Structure.normalises_first` finds.
 NORMS = (
     rule(r"@\.(q|k|query|key)_?(norm|layer_?norm|ln)", "qk_norm before"),
     rule(r"#\.~\.output\.(LayerNorm|layer_?norm)", "attention_norm after"),
-    rule(r"#\.output\.(LayerNorm|layer_?norm)", "ffn_norm after"),
+    rule(r"#\.output\w*\.(LayerNorm|layer_?norm)", "ffn_norm after"),
     rule(r"#\.[~@]\.(LayerNorm|layer_?norm|ln)", "attention_norm"),
     rule(r"#\.(encoder_attn|cross_attn|cross_attention)_layer_norm|#\.ln_cross_attn", "attention_norm cross"),
-    rule(r"#\.norm2", "attention_norm cross", beside=r"norm3"),
+    rule(r"#\.norm2", "attention_norm cross flagged", beside=r"norm3"),
+    rule(r"#\.norm_?1", "attention_norm flagged"),
+    rule(r"#\.norm_?[23]", "ffn_norm flagged"),
     rule(r"#\.post_attention_layernorm", "attention_norm before", beside=r"(pre|post)_feedforward_layernorm"),
-    rule(r"#\.(post_attention_layernorm|layernorm_after|layer_norm2|mlp_norm|ffn_norm|ln_mlp)", "ffn_norm before"),
-    rule(r"#\.(pre|post)_(feedforward|mlp|ffn|moe)_?(layer)?_?norm", "ffn_norm before"),
-    rule(r"#\.(input_layernorm|layernorm_before|layer_norm1|attn_norm|attention_norm)", "attention_norm before"),
+    rule(r"#\.(post_attention_layernorm|layernorm_after|layer_?norm_?2|mlp_norm|ffn_norm|ln_mlp)", "ffn_norm before"),
+    rule(r"#\.(pre|post)_(feedforward|mlp|ffn|moe|ff)_?(layer)?_?norm", "ffn_norm before"),
+    rule(r"#\.(input_layernorm|layernorm_before|layer_?norm_?1|attn_norm|attention_norm)", "attention_norm before"),
     rule(r"#\.pre_(attention|attn|self_attn)_?(layer)?_?norm|#\.ln_attn", "attention_norm before"),
-    rule(r"#\.(self_attn|self_attention|sa|attention|attn)_(layer_?norm|ln)|#\.(ln_?1|norm_?1)", "attention_norm"),
+    rule(r"#\.self_attn_layer_norm", "attention_norm before", beside=r"conv_module|ffn1_layer_norm"),
+    rule(r"#\.(self_attn|self_attention|sa|attention|attn)_(layer_?norm|ln)|#\.ln_?1", "attention_norm"),
     rule(r"#\.layer_norm", "attention_norm", beside=r"final_layer_norm"),
-    rule(r"#\.(final|output|ffn|feed_forward|full_layer)_(layer_)?(layer_?norm|ln)|#\.(ln_?2|norm_?[23])", "ffn_norm"),
+    rule(r"#\.(final|output|ffn|feed_forward|full_layer)_(layer_)?(layer_?norm|ln)|#\.ln_?2", "ffn_norm"),
     rule(r"#\.(layer\.\d+|ffn|ff|feed_forward|mlp)\.(layer_?norm|LayerNorm)", "ffn_norm"),
 )
 NORM_ALONE = re.compile(r"#\.(input_layernorm|ln_1|norm1)$")  # in a parallel block, one norm serves both sub-layers

@@ -8,6 +8,7 @@ attention, the entries of its outermost containers that repeat one class. A laye
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -49,6 +50,11 @@ def parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
+def unwrapped(name: str) -> str:
+    """The name of what a linear stands for: some layers keep theirs in a child called "linear"."""
+    return name.removesuffix(".linear")
+
+
 def ancestors(path: str) -> Iterator[str]:
     """The path itself and every path above it, the root last."""
     while path:
@@ -70,16 +76,18 @@ class Structure:
             if place.path and place.parameter is None:
                 self.children.setdefault(parent(place.path), []).append(place.path.rpartition(".")[2])
             if place.kind in ("linear", "conv", "parameter"):
-                above, _, tail = place.name.rpartition(".")
+                above, _, tail = unwrapped(place.name).rpartition(".")
                 self.weights.setdefault(above, []).append(tail)
         self.heads = tables.heads(model)
         self.attentions = {path for path in self.modules if self.is_attention(path)}
+        self.held = Counter(above for path, names in self.weights.items() for above in ancestors(path) for _ in names)
+        self.attending = Counter(above for path in self.attentions for above in ancestors(path))
         self.blocks: dict[str, tuple[int, int]] = {}  # path -> (layer, depth)
         self.find_blocks()
-        self.shells = {self.shell(path): path for path in sorted(self.attentions)}
+        self.shells = {self.shell(path): path for path in self.attentions}
         self.crosses = {path for path in self.attentions if self.is_cross(path)}
         self.attentive = {self.block(path) or "" for path in self.attentions}
-        self.norm_first: dict[str, bool] = {}
+        self.norm_first: dict[str, tuple[bool | None, bool]] = {}
 
     # -- attentions, blocks ------------------------------------------------------------------------------------------
 
@@ -87,11 +95,17 @@ class Structure:
         """Whether the module at `path` directly holds query, key and value projections."""
         if self.kinds.get(path) == "attention":
             return True
-        query, key, value, fused, key_value, latent = (
-            any(re.fullmatch(names, name) for name in self.weights.get(path, []))
-            for names in (tables.QUERY, tables.KEY, tables.VALUE, tables.FUSED, tables.KEY_VALUE, tables.LATENT)
-        )
-        return latent or fused or (query and (key_value or (key and value)))
+        names = self.weights.get(path, [])
+
+        def holds(pattern: str) -> bool:
+            return any(re.fullmatch(pattern, name) for name in names)
+
+        if holds(tables.LATENT) or holds(tables.FUSED):
+            return True
+        if holds(tables.FUSED_IN_ATTENTION) and "Attention" in type(self.modules[path]).__name__:
+            return True
+        queries = holds(tables.QUERY) or holds(tables.LATENT_QUERY)
+        return queries and (holds(tables.KEY_VALUE) or (holds(tables.KEY) and holds(tables.VALUE)))
 
     def entries(self, path: str) -> Iterator[str]:
         """Numbered entries of containers at or above `path`, innermost first."""
@@ -132,10 +146,10 @@ class Structure:
                 self.blocks[path] = (layer, len(blocks))
 
     def shell(self, path: str) -> str:
-        """The sub-layer around an attention: the outermost module below the block that holds it (or itself)."""
-        while (above := parent(path)) and above not in self.blocks and not self.is_container(above):
-            path = above
-        return path
+        """The sub-layer around an attention: the module above it, if that adds no more than an output projection."""
+        above = parent(path)
+        alone = self.attending[above] == 1 and self.held[above] - self.held[path] <= 1
+        return above if above and above not in self.blocks and not self.is_container(above) and alone else path
 
     def torch_attention(self, path: str) -> str | None:
         """The path of the nn.MultiheadAttention that `path` is, or is the output projection of."""
@@ -157,17 +171,18 @@ class Structure:
 
     def address(self, name: str) -> tuple[str, str | None]:
         """(the name with its structure written in, the attention whose sub-layer it is in)."""
+        name = unwrapped(name)
         block = self.block(name)
-        shell = next((above for above in ancestors(name) if above in self.shells), None)
-        attention = self.shells[shell] if shell is not None else None
         prefix = "" if self.blocks and block is None else "#"
-        if attention is not None and (name == attention or name.startswith(attention + ".") or not attention):
-            inner = "~.@" if shell != attention else "@"
-            rest = name[len(attention) :].lstrip(".")
+        attention = next((above for above in ancestors(name) if above in self.attentions), None)
+        shell = next((above for above in ancestors(name) if above in self.shells), None)
+        if attention is not None:
+            inner, start = "@" if self.shell(attention) == attention else "~.@", attention
         elif shell is not None:
-            inner, rest = "~", name[len(shell) :].lstrip(".")
+            inner, start, attention = "~", shell, self.shells[shell]
         else:
-            inner, rest = "", name[len(block or "") :].lstrip(".")
+            inner, start = "", block or ""
+        rest = name[len(start) :].lstrip(".")
         return ".".join(part for part in (prefix, inner, rest) if part), attention
 
     def match(self, table: Sequence[Rule], address: str, path: str) -> frozenset[str]:
@@ -206,7 +221,7 @@ class Structure:
 
     def weight_roles(self, place: Place, address: str, block: str | None) -> set[str]:
         """Roles of a linear, convolution or parameter place."""
-        if tables.POSITION.search(place.name) and "@" not in address:
+        if block is None and tables.POSITION.search(place.name) and "@" not in address:
             return {"position"}
         roles = set(self.match(tables.PROJECTIONS, address, place.path) if address[:1] in "#~@" else ())
         if "ffn" in roles:
@@ -223,9 +238,9 @@ class Structure:
         if place.path in self.attentions:
             return block | {"cross_attention" if place.path in self.crosses else "self_attention"}
         roles = block | set(self.match(tables.MODULES, address, place.path) if address.startswith("#") else ())
-        outer = any(tables.MLP.match(self.address(above)[0]) for above in ancestors(parent(place.path)) if above)
-        if tables.MLP.match(address) and not outer and self.children.get(place.path):
-            roles.add("mlp")
+        if tables.MLP.match(address) and self.children.get(place.path):
+            outer = (self.address(above)[0] for above in ancestors(parent(place.path)) if above)
+            roles |= set() if any(map(tables.MLP.match, outer)) else {"mlp"}
         return roles
 
     def norm_roles(self, place: Place, address: str) -> set[str]:
@@ -237,31 +252,24 @@ class Structure:
         beside = [self.kinds[join(parent(place.path), name)] for name in self.children.get(parent(place.path), [])]
         if tables.NORM_ALONE.match(address) and beside.count("norm") == 1:
             roles.add("ffn_norm")
-        if "after" in roles or (roles and "before" not in roles and not self.normalises_first(place.path)):
-            roles.add("post_norm")
-        return roles - {"after", "before"}
-
-    def normalises_first(self, path: str) -> bool:
-        """Whether the stack around `path` normalises before each sub-layer (pre-norm), not after the addition.
-
-        A flag on the block or in its config decides; otherwise a pre-norm stack is known by the norm that ends it,
-        which a post-norm stack has no need of.
-        """
-        block = self.block(path) or ""
         stack = parent(block)
         if stack not in self.norm_first:
-            self.norm_first[stack] = self._normalises_first(block, stack)
-        return self.norm_first[stack]
+            self.norm_first[stack] = self.normalises_first(block)
+        flag, found = self.norm_first[stack]
+        first = flag is not False if "flagged" in roles else found if flag is None else flag
+        if "after" in roles or (roles and "before" not in roles and not first):
+            roles.add("post_norm")
+        return roles - {"after", "before", "flagged"}
 
-    def _normalises_first(self, block: str, stack: str) -> bool:
-        config = next((self.modules[p].config for p in ancestors(stack) if hasattr(self.modules[p], "config")), None)
-        for holder in (self.modules[block], config):
-            for field in tables.NORM_FIRST_FIELDS:
-                if isinstance(flag := getattr(holder, field, None), bool):
-                    return flag
-        for above in ancestors(stack):
-            for name in self.children.get(above, []):
-                path = join(above, name)
-                if self.kinds[path] == "norm" and path not in self.blocks and not tables.NOT_FINAL_NORM.search(name):
-                    return bool(block)
-        return False
+    def normalises_first(self, block: str) -> tuple[bool | None, bool]:
+        """Whether a stack normalises before each sub-layer: as a flag of the block or its config says, and by shape.
+
+        A pre-norm stack is known by the norm that ends it, which a post-norm stack has no need of.
+        """
+        above = list(ancestors(parent(block)))
+        config = next((self.modules[path].config for path in above if hasattr(self.modules[path], "config")), None)
+        values = [getattr(h, f, None) for h in (self.modules[block], config) for f in tables.NORM_FIRST_FIELDS]
+        flag = next((value for value in values if isinstance(value, bool)), None)
+        beside = [(path, name) for path in above for name in self.children.get(path, []) if block]
+        norms = [name for path, name in beside if self.kinds.get(join(path, name)) == "norm"]
+        return flag, any(not tables.NOT_FINAL_NORM.search(name) for name in norms)

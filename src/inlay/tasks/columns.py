@@ -55,6 +55,15 @@ def other_columns(rows: Dataset, *, without: Iterable[str]) -> list[str]:
     return [name for name in rows.column_names if name not in set(without) and name.lower() not in _IDENTIFIERS]
 
 
+def guess_text(rows: Dataset, *, without: Iterable[str] = ()) -> str:
+    """The column of texts: by its name, or else the one with the longest strings. Raises DataError when there is none."""
+    candidates = text_columns(rows, without=without)
+    column = named(rows, TEXT, without=set(rows.column_names) - set(candidates))
+    if column is None and not candidates:
+        raise cannot_guess(rows, "text")
+    return column or candidates[0]
+
+
 def check_roles(columns: Mapping[str, str], roles: Sequence[str], kind: str) -> None:
     """Raise ConfigError for a role that the task does not have."""
     for role in columns:

@@ -57,8 +57,8 @@ class TextClassification(Task):
     # -- from the data -----------------------------------------------------------------------------------------------
 
     def guess(self, rows: Dataset) -> dict[str, str]:
-        found, names = dict(self.columns), rows.column_names
-        lower = {name.lower(): name for name in reversed(names)}
+        found = dict(self.columns)
+        lower = {name.lower(): name for name in reversed(rows.column_names)}
         if "text" not in found and "text_pair" not in found:
             for first, second in named_columns.PAIRS:
                 if first in lower and second in lower and lower[second] not in found.values():
@@ -71,11 +71,7 @@ class TextClassification(Task):
                 found["label"] = label
                 taken.append(label)
         if "text" not in found:
-            candidates = named_columns.text_columns(rows, without=taken)
-            text = named_columns.named(rows, named_columns.TEXT, without=set(names) - set(candidates))
-            if text is None and not candidates:
-                raise named_columns.cannot_guess(rows, "text")
-            found["text"] = text or candidates[0]
+            found["text"] = named_columns.guess_text(rows, without=taken)
             taken.append(found["text"])
         if "label" not in found:
             left = named_columns.other_columns(rows, without=taken)

@@ -12,8 +12,8 @@ from inlay.train.run import Data, Run
 
 if TYPE_CHECKING:
     from inlay.train.conversion import convert
-    from inlay.train.inspect import check, methods, show
     from inlay.train.demo import quickstart
+    from inlay.train.inspect import check, methods, show
     from inlay.train.record import Record
     from inlay.train.training import Interrupted, train
     from inlay.train.use import evaluate, merge, predict

@@ -15,14 +15,14 @@ from inlay.errors import ConfigError
 from inlay.train.run import Run
 
 LEARNING_RATE = 5e-4
-"""For methods that name no `learning_rate` of their own: a few small matrices want ten times what a whole model wants."""
+"""For methods that name no `learning_rate` of their own: a few small matrices want ten times what a model wants."""
 
 STEPS_WANTED, EPOCHS_AT_MOST = 300, 20
 """Small data is gone over until there have been so many steps, but not more often than this."""
 
 
 def default_learning_rate(methods: Sequence[Method]) -> float:
-    """The smallest of the learning rates that the methods name (a class variable `learning_rate`), 5e-4 for the others."""
+    """The smallest learning rate that the methods name (class variable `learning_rate`), 5e-4 for those that do not."""
     return min(float(getattr(type(method), "learning_rate", LEARNING_RATE)) for method in methods)
 
 

@@ -65,7 +65,9 @@ class Curve(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             epoch = round(state.epoch or 0.0, 6)
-            self.add({"step": state.global_step, "epoch": epoch, "loss": self.step_loss, "learning_rate": self.learning_rate})
+            self.add(
+                {"step": state.global_step, "epoch": epoch, "loss": self.step_loss, "learning_rate": self.learning_rate}
+            )
 
     def add(self, line: dict[str, Any]) -> None:
         """Append one line."""
@@ -86,7 +88,7 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
 
 
 class Stop(TrainerCallback):
-    """Ctrl-C (or a cluster's SIGTERM) ends the run after the step it is in, with a checkpoint; a second one ends it now."""
+    """Ctrl-C (or a cluster's SIGTERM) ends the run after its step, with a checkpoint; a second one ends it now."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -141,7 +143,9 @@ class Progress(TrainerCallback):
             from tqdm.auto import tqdm
 
             total, done = state.max_steps, state.global_step
-            self.bar = tqdm(total=total, initial=done, desc="training", unit="step", file=self.stream, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total, initial=done, desc="training", unit="step", file=self.stream, dynamic_ncols=True
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -162,9 +166,7 @@ class Progress(TrainerCallback):
             f"{rate:.1f} steps/s  {left} left"
         )
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any) -> None:
         if state.is_world_process_zero:
             figures = {name.removeprefix("eval_"): value for name, value in around.get("metrics", {}).items()}
             shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float))

@@ -10,13 +10,14 @@ LOSS, METRIC, INK = "#3b6ea5", "#c2571a", "#444"
 
 
 def loss_chart(lines: Sequence[dict[str, Any]], metric: str, title: str) -> str:
-    """The SVG of a run's `metrics.jsonl`: the training loss (each step pale, smoothed strong) and the validation metric."""
+    """The SVG of a `metrics.jsonl`: the training loss (each step pale, smoothed strong) and the validation metric."""
     losses = [(line["step"], float(line["loss"])) for line in lines if "loss" in line]
     scores = [(line["step"], line["validation"][metric]) for line in lines if metric in line.get("validation", {})]
     last = max([step for step, _ in losses + scores], default=1)
     top = max([loss for _, loss in losses], default=1.0) or 1.0
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+        'font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         f'<text x="{LEFT}" y="20" fill="{INK}" font-size="14">{_escaped(title)}</text>',
     ]

@@ -55,7 +55,9 @@ def convert(folder: str | Path, out: str | Path, *, model: str | None = None, ov
     checkpoint.read_methods(config, folder)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CheckpointError(f"{folder / files.WEIGHTS}: {name} has values that are not finite; the adapter is damaged")
+            raise CheckpointError(
+                f"{folder / files.WEIGHTS}: {name} has values that are not finite; the adapter is damaged"
+            )
     with staged(out, "writing the adapter to") as beside:
         if model is not None:
             base = _base(model, config)
@@ -68,7 +70,9 @@ def convert(folder: str | Path, out: str | Path, *, model: str | None = None, ov
             written = _prefixed(tensors, config)
             extra = {files.EXTRA: files.read_tensors(folder, files.EXTRA)} if (folder / files.EXTRA).is_file() else {}
             files.write(beside, config, {files.WEIGHTS: (written, {"format": "pt", **metadata}), **extra})
-    return Converted(str(out), str(config["peft_type"]), len(written), len(set(written) - set(tensors)) if model is None else 0)
+    return Converted(
+        str(out), str(config["peft_type"]), len(written), len(set(written) - set(tensors)) if model is None else 0
+    )
 
 
 def base_files(folder: Path) -> list[str]:

@@ -27,7 +27,8 @@ def disk_full(doing: str) -> Iterator[None]:
         code = getattr(error, "errno", None)
         if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error):
             raise TrainingError(
-                f"the disk is full while {doing}; what was there before is intact. Free some space and run again with --resume"
+                f"the disk is full while {doing}; what was there before is intact. Free some space and run again with "
+                "--resume"
             ) from error
         raise
 

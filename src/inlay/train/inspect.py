@@ -187,7 +187,7 @@ def skeleton(name: str) -> nn.Module:
     with torch.device("meta"), quiet():
         if kinds and kinds[0] is not None:
             return kinds[0](config)  # type: ignore[no-any-return]
-        return transformers.AutoModel.from_config(config)  # type: ignore[no-any-return]
+        return transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def places(model: nn.Module) -> list[Places]:
@@ -234,4 +234,6 @@ def methods(kind: str | None = None) -> list[MethodRow]:
 def _shown_default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
         return repr(field.default)
-    return "{}" if field.default_factory is dict else "required" if field.default_factory is dataclasses.MISSING else "…"
+    return (
+        "{}" if field.default_factory is dict else "required" if field.default_factory is dataclasses.MISSING else "…"
+    )

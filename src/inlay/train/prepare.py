@@ -11,7 +11,8 @@ from transformers import set_seed
 
 from inlay.engine.piece import Method
 from inlay.errors import ConfigError, DataError
-from inlay.tasks import make_task, read_splits
+from inlay.tasks.data import read_splits
+from inlay.tasks.task import make_task
 from inlay.train.arguments import resolved
 from inlay.train.run import Run
 

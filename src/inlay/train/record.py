@@ -73,7 +73,9 @@ class Record:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
         except FileNotFoundError:
-            raise CheckpointError(f"{folder} has no {RECORD_FILE}: not a run's folder, or the run has not ended") from None
+            raise CheckpointError(
+                f"{folder} has no {RECORD_FILE}: not a run's folder, or the run has not ended"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged ({error!r})") from error
 
@@ -91,7 +93,7 @@ def versions() -> dict[str, str]:
 
 def peak_memory_bytes() -> int:
     """The most memory held so far: on the GPU if it was used, otherwise by this process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -128,8 +130,8 @@ def model_card(record: Record, run: Run, summary: str) -> str:
         "",
         f"- {record.trainable_parameters:,} of {record.total_parameters:,} parameters trained ({share:.2%}); "
         f"the adapter takes {record.adapter_bytes:,} bytes.",
-        f"- {record.steps} optimiser steps in {duration(record.seconds)} on {record.device}; the adapter is that of step "
-        f"{record.best_step}; seed {record.seed}.",
+        f"- {record.steps} optimiser steps in {duration(record.seconds)} on {record.device}; the adapter is that of "
+        f"step {record.best_step}; seed {record.seed}.",
         "",
         "```",
         summary,
@@ -145,7 +147,7 @@ def model_card(record: Record, run: Run, summary: str) -> str:
         f"inlay merge {record.out} --out FOLDER      # a plain transformers model",
         "```",
         "",
-        "or from Python, on a base model that you loaded yourself: `inlay.load(model, \"" + record.out + "/adapter\")`.",
+        f"or from Python, on a base model that you loaded yourself: `inlay.load(model, {record.out + '/adapter'!r})`.",
         "",
         "## How it was made",
         "",

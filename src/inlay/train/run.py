@@ -113,11 +113,15 @@ class Run:
                 near = did_you_mean(str(key), [*names, *read.ALIASES])
                 raise ConfigError(f"{where} has no setting {key!r}{near}; it has: {', '.join(names)}")
         if settings.get("model") in (None, ""):
-            raise ConfigError(f"{where} names no model: add `model:` to the file, or --model, with a folder or a hub id")
+            raise ConfigError(
+                f"{where} names no model: add `model:` to the file, or --model, with a folder or a hub id"
+            )
         return cls(**{key: value for key, value in settings.items() if value is not None})
 
     @classmethod
-    def from_yaml(cls, path: str | Path | None, flags: Mapping[str, Any] | None = None, sets: Iterable[str] = ()) -> Run:
+    def from_yaml(
+        cls, path: str | Path | None, flags: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
+    ) -> Run:
         """A run from a YAML file (or none), then the flags that are given, then `a.b=value` overrides."""
         settings = read.renamed(read.read_yaml(path), read.ALIASES, str(path)) if path is not None else {}
         for key, value in (flags or {}).items():
@@ -162,8 +166,8 @@ class Run:
             return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
         except yaml.representer.RepresenterError as error:
             raise ConfigError(
-                f"the run holds a value that run.yaml cannot hold ({error.args[-1]!r}): give targets as names, roles or "
-                "patterns, or train with inlay.attach and a loop of your own"
+                f"the run holds a value that run.yaml cannot hold ({error.args[-1]!r}): give targets as names, roles "
+                "or patterns, or train with inlay.attach and a loop of your own"
             ) from error
 
     def replace(self, **changes: Any) -> Run:
@@ -183,7 +187,7 @@ class Run:
 def _text(value: Any, key: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(f"{key} must be a name or a path, got {value!r}")
-    return value
+    return str(value)
 
 
 def _names(value: Any, key: str) -> list[str] | None:

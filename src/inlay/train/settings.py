@@ -180,7 +180,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def check_type(value: Any, annotation: str, key: str) -> Any:
-    """The value, if it fits a simple annotation (`float`, `int | None`, …); other annotations are left to their owner."""
+    """The value, if it fits a simple annotation (`float`, `int | None`, …); others are left to their owner."""
     parts = [part.strip() for part in annotation.split("|")]
     if value is None and "None" in parts:
         return None

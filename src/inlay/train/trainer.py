@@ -1,7 +1,7 @@
 """transformers' Trainer, taught to save adapters instead of models and to go on exactly where a run stopped.
 
-What is changed: a checkpoint is the adapter with its heads (never the base), whole or not there at all; evaluation is the
-task's own; the methods' extra losses are added; a loss that is not a number stops the run; what a collator draws at
+What is changed: a checkpoint is the adapter with its heads (never the base), whole or not there at all; evaluation is
+the task's own; the methods' extra losses are added; a loss that is not a number stops the run; what a collator draws at
 random depends on the seed, the epoch and the rows alone, so a resumed run sees the very batches of an unbroken one.
 """
 
@@ -49,7 +49,7 @@ class Trainer(transformers.Trainer):
         model: nn.Module,
         args: TrainingArguments,
         features: Sequence[Mapping[str, Any]],
-        collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
+        collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
         curve: Curve,
         evaluate_with: Callable[[nn.Module], Mapping[str, float]] | None = None,
         metric: tuple[str, bool] = ("loss", False),
@@ -66,6 +66,7 @@ class Trainer(transformers.Trainer):
             callbacks=[Controllers(controllers(model), saved.get("controllers")), curve, collate.epochs, *callbacks],
         )
         self.remove_callback(PrinterCallback)
+        self.adapted = model  # transformers may put wrappers around it; this is the one that we were given
         self.curve, self.evaluate_with, self.metric, self.resume = curve, evaluate_with, metric, resume
         self.started = time.monotonic() - saved.get("seconds", 0.0)
         self.folder = Path(cast(str, args.output_dir))
@@ -79,7 +80,7 @@ class Trainer(transformers.Trainer):
     @property
     def seconds(self) -> float:
         """Time spent so far, the time before a resume included."""
-        return time.monotonic() - self.started
+        return float(time.monotonic() - self.started)
 
     # -- the loss ----------------------------------------------------------------------------------------------------
 
@@ -92,11 +93,13 @@ class Trainer(transformers.Trainer):
         if extra:
             # Where the model has already averaged over the accumulated batches, nobody divides by their number again.
             averaged = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            loss = loss + sum(extra, torch.zeros_like(loss)) / (self.current_gradient_accumulation_steps if averaged else 1)
+            loss = loss + sum(extra, torch.zeros_like(loss)) / (
+                self.current_gradient_accumulation_steps if averaged else 1
+            )
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One forward and backward pass. Raises TrainingError, before the optimiser steps, when the loss is no number."""
+        """One forward and backward pass. TrainingError, before the optimiser steps, when the loss is no number."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = loss.item()
         if not math.isfinite(value):
@@ -118,12 +121,14 @@ class Trainer(transformers.Trainer):
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """The task's metrics on the validation rows; random states are left as they were. Keeps the best adapter."""
         if self.evaluate_with is None:
             return {}
         with untouched_random_states():
-            figures = {name: float(value) for name, value in self.evaluate_with(self.model).items()}
+            figures = {name: float(value) for name, value in self.evaluate_with(self.adapted).items()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -136,11 +141,13 @@ class Trainer(transformers.Trainer):
     def _keep_best(self, figures: Mapping[str, float]) -> None:
         name, greater = self.metric
         best = read_best(self.folder)
-        if name in figures and math.isfinite(figures[name]) and (
-            best is None or (figures[name] > best["value"] if greater else figures[name] < best["value"])
+        if (
+            name in figures
+            and math.isfinite(figures[name])
+            and (best is None or (figures[name] > best["value"] if greater else figures[name] < best["value"]))
         ):
             with staged(self.folder / "best", "saving the best adapter to", marker=True) as folder:
-                save(self.model, folder)
+                save(self.adapted, folder)
                 write_json(folder / BEST_FILE, {"step": self.state.global_step, "metric": name, "value": figures[name]})
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -150,25 +157,25 @@ class Trainer(transformers.Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.folder)
             folder.mkdir(parents=True, exist_ok=True)
-            save(self.model, folder)
+            save(self.adapted, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """transformers' checkpoint, made in a staging folder that takes its place when all of it is there."""
         final = self.folder / f"checkpoint-{self.state.global_step}"
         whole = staged(final, "saving the checkpoint", marker=True)
-        with whole if self.args.should_save else contextlib.nullcontext() as staging:
+        with whole if self.args.should_save else contextlib.nullcontext() as folder:
             self.accelerator.wait_for_everyone()
-            self._staging = staging or final.with_name(f".{final.name}.part")
+            self._staging = final.with_name(f".{final.name}.part")
             try:
                 super()._save_checkpoint(model, trial)
             finally:
-                self._staging, folder = None, self._staging
+                self._staging = None
             self.accelerator.wait_for_everyone()
-            if staging is not None:
+            if folder is not None:
                 for path in (folder / final.name).iterdir():
                     os.replace(path, folder / path.name)
                 (folder / final.name).rmdir()
-                states = [controller.state_dict() for controller in controllers(self.model)]
+                states = [controller.state_dict() for controller in controllers(self.adapted)]
                 torch.save({"controllers": states, "seconds": self.seconds}, folder / STATE_FILE)
         if self.args.should_save:
             keep_last(self.folder, max(self.args.save_total_limit or 0, 1))
@@ -202,36 +209,38 @@ class Numbered(Dataset[dict[str, Any]]):
 class SeededCollator:
     """A collator whose randomness (masking, say) is a function of the seed, the epoch and the rows of the batch."""
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]], seed: int) -> None:
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], seed: int) -> None:
         self.collator, self.seed = collator, seed
-        self.epochs = _Epochs()
+        self.epochs = Epochs()
 
-    def __call__(self, features: list[dict[str, Any]]) -> Mapping[str, Any]:
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch of these features."""
         rows = [feature.pop(ROW) for feature in features]
-        with untouched_random_states():
+        with untouched_random_states(devices=False):  # in a loader's worker a GPU must not even be asked
             seed = hash((self.seed, self.epochs.epoch, *rows)) % 2**32  # integers hash the same in every process
-            torch.manual_seed(seed)
-            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            np.random.seed(seed)  # noqa: NPY002 - the state that others draw from
             random.seed(seed)
             return self.collator(features)
 
 
-class _Epochs(TrainerCallback):
+class Epochs(TrainerCallback):
     """Knows which epoch it is, also in the workers of a data loader."""
 
     epoch = 0
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Count."""
         self.epoch = int(state.epoch or 0)
 
 
 @contextlib.contextmanager
-def untouched_random_states() -> Iterator[None]:
-    """Whatever the block draws, the three generators go on afterwards as if it had drawn nothing."""
-    python, numpy = random.getstate(), np.random.get_state()
+def untouched_random_states(devices: bool = True) -> Iterator[None]:
+    """Whatever the block draws, Python's, numpy's and torch's generators go on as if it had drawn nothing."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if devices else ()):
             yield
     finally:
         random.setstate(python)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ class Interrupted(TrainingError):
 
 
 def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> Record:
-    """Train an adapter as `run` says, and leave in `run.out`: run.yaml, task.json, metrics.jsonl, loss.svg, checkpoints/,
+    """Train an adapter as `run` says. Left in `run.out`: run.yaml, task.json, metrics.jsonl, loss.svg, checkpoints/,
     adapter/ (the best by the task's primary metric), record.json and README.md.
 
     `resume` goes on from the last complete checkpoint; the loss curve is then the one of an unbroken run. `overwrite`
@@ -88,7 +87,9 @@ def clear(out: Path, overwrite: bool) -> None:
     if there and not overwrite:
         begun = not (out / RECORD_FILE).exists() and checkpoints(out / "checkpoints")
         go_on = ", or --resume to go on with it" if begun else ""
-        raise ConfigError(f"{out} already holds a run ({', '.join(there)}): choose another --out, --overwrite to replace it{go_on}")
+        raise ConfigError(
+            f"{out} already holds a run ({', '.join(there)}): choose another --out, --overwrite to replace it{go_on}"
+        )
     if out.is_file():
         raise ConfigError(f"--out {out} is a file; it has to be a folder")
     for name in there:
@@ -134,7 +135,8 @@ def make_trainer(ready: Prepared, out: Path, checkpoint: Path | None, progress: 
 
 def fit(trainer: Trainer, stop: Stop, out: Path) -> None:
     """Run the loop. Raises Interrupted when it was stopped before its end."""
-    use_cache = getattr(trainer.model.config, "use_cache", None)
+    config: Any = trainer.adapted.config
+    use_cache = getattr(config, "use_cache", None)
     bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Progress)]
     try:
         with stop.listening():
@@ -142,12 +144,12 @@ def fit(trainer: Trainer, stop: Stop, out: Path) -> None:
     finally:
         for bar in bars:
             bar.close()
-    with contextlib.suppress(AttributeError):
-        trainer.model.config.use_cache = use_cache  # the Trainer turns it off for its own ends
+        config.use_cache = use_cache  # the Trainer turns it off for its own ends
     done, total = trainer.state.global_step, trainer.state.max_steps
     if stop.asked and done < total:
         raise Interrupted(
-            f"stopped at step {done} of {total}, with a checkpoint; go on with: inlay train --resume --out {shlex.quote(str(out))}"
+            f"stopped at step {done} of {total}, with a checkpoint; go on with: "
+            f"inlay train --resume --out {shlex.quote(str(out))}"
         )
 
 

@@ -17,7 +17,8 @@ from inlay.engine.adapters import merge as merge_adapters
 from inlay.engine.checkpoint import load
 from inlay.engine.host import CHILD
 from inlay.errors import CheckpointError, ConfigError, DataError, did_you_mean
-from inlay.tasks import Task, read_splits
+from inlay.tasks.data import read_splits
+from inlay.tasks.task import Task
 from inlay.train.files import staged, write_text
 from inlay.train.run import Run
 from inlay.train.training import RUN_FILE, TASK_FILE, measured
@@ -46,14 +47,18 @@ class Loaded:
 
 
 def open_run(folder: str | Path) -> Loaded:
-    """Load base model, adapter, task and tokenizer of a run. Raises CheckpointError when the folder holds no whole run."""
+    """Base model with adapter, task and tokenizer of a run. CheckpointError when the folder holds no whole run."""
     folder = Path(folder)
     if folder.name == "adapter" and not (folder / RUN_FILE).exists() and (folder.parent / RUN_FILE).exists():
         folder = folder.parent
     if not (folder / RUN_FILE).is_file() or not (folder / TASK_FILE).is_file():
         names = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        found = "it does not exist" + did_you_mean(folder.name, names) if not folder.exists() else f"it has no {RUN_FILE}"
-        raise CheckpointError(f"{folder} is not the folder of a run ({found}); give the folder that `inlay train --out` made")
+        found = (
+            "it does not exist" + did_you_mean(folder.name, names) if not folder.exists() else f"it has no {RUN_FILE}"
+        )
+        raise CheckpointError(
+            f"{folder} is not the folder of a run ({found}); give the folder that `inlay train --out` made"
+        )
     if not (folder / "adapter").is_dir():
         raise CheckpointError(f"the run in {folder} has not ended: go on with inlay train --resume --out {folder}")
     run = Run.from_yaml(folder / RUN_FILE)
@@ -69,16 +74,22 @@ def open_run(folder: str | Path) -> Loaded:
 
 
 def rows_for(run: Run, data: Any, split: str | None = None) -> Any:
-    """The rows to use: a file, a `datasets` object, or a split of a folder or hub id; by default the run's own test rows."""
+    """The rows to use: a file, a `datasets` object, a split of a folder or hub id; by default the run's test rows."""
     if data is not None:
         splits = read_splits(data)
     else:
         own = {name: path for name, path in dataclasses.asdict(run.data).items() if path is not None and name != "path"}
         splits = {**(read_splits(run.data.path) if run.data.path else {}), **(read_splits(own) if own else {})}
     if split is None:
-        split = "train" if data is not None and len(splits) == 1 else next((s for s in ("test", "validation") if s in splits), None)
+        split = (
+            "train"
+            if data is not None and len(splits) == 1
+            else next((s for s in ("test", "validation") if s in splits), None)
+        )
     if split not in splits:
-        raise DataError(f"no rows to use: there is no {split or 'test'} split among {', '.join(splits) or 'none'}; give --data FILE")
+        raise DataError(
+            f"no rows to use: there is no {split or 'test'} split among {', '.join(splits) or 'none'}; give --data FILE"
+        )
     return splits[split]
 
 
@@ -104,7 +115,7 @@ def predict(
     batch_size: int = 32,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """A prediction for each row; also written to `out` (.jsonl, .json or .csv) if given, beside its place and renamed."""
+    """A prediction for each row; also written to `out` (.jsonl, .json or .csv), beside its place and renamed."""
     if out is not None and Path(out).suffix not in _WRITERS:
         near = did_you_mean(Path(out).suffix, _WRITERS)
         raise ConfigError(f"--out {out}: predictions are written as {', '.join(_WRITERS)}{near}")
@@ -122,7 +133,9 @@ def _as_csv(rows: list[dict[str, Any]]) -> str:
     writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: v if isinstance(v, str | int | float) else json.dumps(v, ensure_ascii=False) for k, v in row.items()})
+        writer.writerow(
+            {k: v if isinstance(v, str | int | float) else json.dumps(v, ensure_ascii=False) for k, v in row.items()}
+        )
     return stream.getvalue()
 
 
@@ -168,9 +181,9 @@ def merge(folder: str | Path, out: str | Path, *, tolerance: float | None = None
         difference = (_logits(again, batch) - before).abs().max().item()
         if not difference <= tolerance:
             raise CheckpointError(
-                f"the merged model is not the same: its logits differ by up to {difference:.3g} on {len(PROBE)} sentences, "
-                f"more than {tolerance:.3g}. Nothing was written. A base in half precision rounds more: merge it in float32 "
-                "(dtype: float32 in run.yaml), or allow it with --tolerance"
+                f"the merged model is not the same: its logits differ by up to {difference:.3g} on {len(PROBE)} "
+                f"sentences, more than {tolerance:.3g}. Nothing was written. A base in half precision rounds more: "
+                "merge it in float32 (dtype: float32 in run.yaml), or allow it with --tolerance"
             )
     return Merged(str(out), difference, tolerance, len(PROBE))
 

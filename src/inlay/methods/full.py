@@ -1,0 +1,33 @@
+"""Full fine-tuning: every parameter is trained, the upper end of the scale (as in Devlin et al. 2018, arXiv:1810.04805).
+
+    W' = a copy that starts as W
+
+The base's bits stay where they are, so the copy can be switched off, saved as an adapter, or stand beside others; it costs
+the memory of a second model. Tied parameters share one copy.
+
+Parameters: all of them, each tied one once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from inlay.engine.sites import Site, SiteIndex
+from inlay.engine.trained_copy import CopyMethod
+from inlay.methods._parameters import parameter_sites, with_tied
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FullFineTuning(CopyMethod):
+    """Train a copy of every parameter. For some of them only, `PartialFineTuning` says it better."""
+
+    kind = "full"
+    paper = "Devlin et al. 2018, arXiv:1810.04805"
+    learning_rate: ClassVar[float] = 3e-5
+
+    def sites(self, index: SiteIndex) -> list[Site]:
+        chosen = parameter_sites(
+            index, self.targets, exclude=self.exclude, layers=self.layers, what=type(self).__name__
+        )
+        return with_tied(index, chosen)

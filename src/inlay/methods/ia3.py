@@ -1,0 +1,141 @@
+"""(IA)³: infused adapter by inhibiting and amplifying inner activations (Liu et al. 2022, arXiv:2205.05638).
+
+    keys, values:   y = l ⊙ (W x + b)        l (out) scales what comes out
+    feed-forward:   y = W (l ⊙ x) + b        l (in) scales what goes into the second projection
+
+l starts at one, so the model starts as the base. With `form="additive"` the vector is added (y + l, or W (x + l)) and
+starts at zero. Scaling the input of the second projection is the paper's place in gated and ungated networks alike; the
+output of the first one is not, because an activation lies between.
+
+A projection that holds query, key and value in one is scaled whole, as HF peft does: nothing in its shape tells in which
+order it holds them, and a scale on the queries is one more on the same products q·k.
+
+Parameters: out for each key and value projection, in for each second feed-forward projection (times experts).
+T0-3B: 24 · (2 · 2048 + 5120) + 24 · (4 · 2048 + 5120) = 540,672.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from inlay.engine.peft_names import shortest_names, targets_from_peft
+from inlay.engine.piece import Method, Piece, trainable_dtype
+from inlay.engine.sites import Site, SiteIndex
+from inlay.errors import ConfigError, UnsupportedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IA3(Method):
+    """y = l ⊙ (W x + b) on keys and values, y = W (l ⊙ x) + b on the second feed-forward projection."""
+
+    kind = "ia3"
+    hosts = frozenset({"linear", "conv", "parameter"})
+    default_targets = "key,value,down"
+    peft_type = "IA3"
+    paper = "Liu et al. 2022, arXiv:2205.05638"
+    learning_rate: ClassVar[float] = 3e-3
+
+    feedforward: Sequence[str] = ("role:down",)
+    """Which of the targets are scaled at their input: roles, names or "re:…" patterns."""
+    form: Literal["multiplicative", "additive"] = "multiplicative"
+    """Whether l multiplies (and starts at one) or is added (and starts at zero)."""
+
+    def __post_init__(self) -> None:
+        if self.form not in ("multiplicative", "additive"):
+            raise ConfigError(f"IA3(form={self.form!r}): choose one of multiplicative, additive")
+        if isinstance(self.feedforward, str):
+            object.__setattr__(self, "feedforward", tuple(item.strip() for item in self.feedforward.split(",")))
+
+    def at_input(self, site: Site) -> bool:
+        """Whether l acts on what goes into this place."""
+        return any(site.matches(item) for item in self.feedforward)
+
+    def piece(self, site: Site) -> Piece:
+        return IA3Piece(self, site)
+
+    def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
+        if self.form == "additive" or any(site.kind == "parameter" or site.weight.dim() == 3 for site in sites):
+            raise UnsupportedError("HF peft's (IA)³ multiplies, and sits in linears and 2-D and 3-D convolutions only")
+        everything = [path for path, _ in index.model.named_modules()]
+        inputs = [site.path for site in sites if self.at_input(site)]
+        outputs = [site.path for site in sites if not self.at_input(site)]
+        names = shortest_names(inputs, everything)
+        if any(path.endswith(name) for path in outputs for name in names):
+            names = sorted(inputs)  # peft compares these by the end of the path, even inside a component
+        return {
+            "target_modules": sorted({*names, *shortest_names(outputs, everything)}),
+            "feedforward_modules": names,
+            "fan_in_fan_out": any(site.transposed for site in sites),
+            "init_ia3_weights": True,
+        }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> list[Method]:
+        names = config.get("feedforward_modules") or []
+        pattern = names if isinstance(names, str) else "|".join(f".*{re.escape(name)}" for name in sorted(names))
+        return [cls(**targets_from_peft(config), feedforward=(f"re:{pattern}",) if pattern else ())]
+
+
+class IA3Piece(Piece):
+    """The vector l at one site, in the shape that HF peft gives it: (out, 1), (1, in) or (1, channels, 1, …)."""
+
+    def __init__(self, method: IA3, site: Site) -> None:
+        super().__init__()
+        self.additive = method.form == "additive"
+        self.at_input = method.at_input(site)
+        self.kind = site.kind
+        self.groups = int(getattr(site.module, "groups", 1)) if site.kind == "conv" else 1
+        if site.kind == "parameter" and (self.additive or (site.bias is not None and not self.at_input)):
+            reason = "a bare parameter has no output to add to" if self.additive else "its bias is added apart from it"
+            raise UnsupportedError(f"IA3 cannot sit at {site.name}: {reason}; exclude it, or use LoRA there")
+        start = torch.zeros if self.additive else torch.ones
+        self.ia3_l = nn.Parameter(start(self.shape(site), dtype=trainable_dtype(site.dtype), device=site.device))
+
+    def shape(self, site: Site) -> tuple[int, ...]:
+        """The shape of l at a site; experts have one vector each."""
+        size = site.in_features if self.at_input else site.out_features
+        if site.kind == "conv":
+            return (1, size, *[1] * (site.weight.dim() - 2))
+        if site.weight.dim() == 3:
+            return (site.weight.shape[0], *((size, 1) if self.at_input == site.transposed else (1, size)))
+        return (1, size) if self.at_input else (size, 1)
+
+    def forward(self, inner: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.at_input:
+            return inner(self.act(x), *args, **kwargs)
+        return self.act(inner(x, *args, **kwargs))
+
+    def act(self, x: Tensor) -> Tensor:
+        """l ⊙ x or x + l, formed in the precision of l and rounded once."""
+        l = self.ia3_l[0] if self.kind == "conv" else self.ia3_l.flatten()  # noqa: E741  (the paper's letter)
+        return (x + l if self.additive else x * l).to(x.dtype)
+
+    @property
+    def mergeable(self) -> bool:
+        """W (x + l) = W x + b + W l is no change of W, and of b only where W is at hand."""
+        return not (self.additive and self.at_input)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        if self.additive:
+            return weight
+        if self.kind != "conv":
+            return weight * self.ia3_l
+        if not self.at_input:
+            return weight * self.ia3_l.transpose(0, 1)
+        # Each group of outputs sees its own channels: (groups, 1, in / groups, 1, …) over (groups, out / groups, …).
+        scale = self.ia3_l.reshape(self.groups, 1, -1, *self.ia3_l.shape[2:])
+        return (weight.unflatten(0, (self.groups, -1)) * scale).flatten(0, 1)
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        if self.at_input:
+            return bias
+        vector = self.ia3_l.flatten()
+        if self.additive:
+            return vector if bias is None else bias + vector
+        return None if bias is None else bias * vector

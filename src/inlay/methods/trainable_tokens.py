@@ -1,0 +1,169 @@
+"""Trainable tokens: chosen rows of the token embedding are trained, the others stay (HF peft's method of that name).
+
+    E'[i] = v_i   for the chosen ids i,        E'[i] = E[i]   for all others
+
+v starts as the rows themselves. Where the output head is tied to the embedding, its logits for the chosen ids follow:
+z_i = v_i · h. Neither place ever forms a second table: the embedding swaps the looked-up rows, the head adds (v_i − E_i) · h.
+
+Parameters: ids · width, once for tied places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from inlay.engine.adapters import Adapter, find_adapters
+from inlay.engine.peft_names import peft_targets, targets_from_peft
+from inlay.engine.piece import Method, Piece, trainable_dtype
+from inlay.engine.sites import Site, SiteIndex
+from inlay.errors import ConfigError, UnsupportedError
+
+DELTA = "trainable_tokens_delta"  # HF peft's name; the tensor holds the new rows, not a difference
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainableTokens(Method):
+    """E'[i] = v_i for chosen token ids: train some rows of the embedding, and of the head tied to it."""
+
+    kind = "trainable_tokens"
+    hosts = frozenset({"embedding"})
+    default_targets = "embed"
+    peft_type = "TRAINABLE_TOKENS"
+    paper = "HF peft, TrainableTokens"
+
+    token_indices: Sequence[int] = ()
+    """Ids of the tokens whose rows are trained (a tokenizer turns strings into ids: `convert_tokens_to_ids`)."""
+
+    def __post_init__(self) -> None:
+        ids = list(self.token_indices)
+        if not ids or not all(isinstance(i, int) and i >= 0 for i in ids) or len(set(ids)) != len(ids):
+            raise ConfigError(
+                f"TrainableTokens(token_indices={self.token_indices!r}): give the ids of the tokens to train, each once"
+            )
+
+    def sites(self, index: SiteIndex) -> list[Site]:
+        """The chosen embeddings; of several that are tied, the first stands for all."""
+        found: dict[int, Site] = {}
+        for site in super().sites(index):
+            found.setdefault(id(site.weight), site)
+        return list(found.values())
+
+    def build(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Piece]]:
+        made: list[tuple[Site, Piece]] = []
+        everywhere = [site for site in SiteIndex(model).sites if site.kind in ("embedding", "linear")]
+        for site in sites:
+            rows = TokenRows(self, site)
+            made.append((site, rows))
+            for other in everywhere:
+                if other.path != site.path and other.module._parameters.get("weight") is site.weight:
+                    made.append((other, TokenRows(self, other, rows)))
+        return made
+
+    def on_attach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
+        adapter = _adapter_with(model, [site for site, _ in pieces])
+        for _, piece in pieces:
+            assert isinstance(piece, TokenRows)
+            piece.rides = adapter is not None and self.rides_with(adapter.methods)
+
+    def rides_with(self, methods: Sequence[Method]) -> bool:
+        return any(method.peft_type == "LORA" for method in methods)
+
+    def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
+        embeddings = self.sites(index)
+        adapter = _adapter_with(index.model, sites)
+        if adapter is None or not self.rides_with(adapter.methods):
+            return {
+                "target_modules": peft_targets(embeddings, index)["target_modules"],
+                "token_indices": list(self.token_indices),
+            }
+        rows: dict[str, list[int]] = {}
+        for method in adapter.methods:  # one field of the file's config describes all of them
+            if isinstance(method, TrainableTokens):
+                names = peft_targets(method.sites(index), index)["target_modules"]
+                rows |= {name: list(method.token_indices) for name in names}
+        return {"trainable_token_indices": rows}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> list[Method]:
+        targets = targets_from_peft(config) if config.get("target_modules") else {}
+        return [cls(**targets, token_indices=tuple(config["token_indices"]))]
+
+    @classmethod
+    def from_lora(cls, config: Mapping[str, Any]) -> list[Method]:
+        """What `trainable_token_indices` of a peft LoraConfig describes: ids, or ids for each embedding by name."""
+        indices = config.get("trainable_token_indices") or {}
+        if isinstance(indices, Mapping):
+            return [cls(targets=(f"name:{name}",), token_indices=tuple(ids)) for name, ids in indices.items()]
+        return [cls(token_indices=tuple(indices))]
+
+
+def _adapter_with(model: nn.Module, sites: Sequence[Site]) -> Adapter | None:
+    """The loaded adapter that put pieces at these very sites."""
+    adapters = find_adapters(model)
+    wanted = {id(site) for site in sites}
+    loaded = adapters.loaded.values() if adapters is not None else ()
+    return next((a for a in loaded if any(id(site) in wanted for site, _ in a.pieces())), None)
+
+
+class TokenRows(Piece):
+    """The new rows (ids, width) at an embedding, or at a linear that is tied to one."""
+
+    token_indices: Tensor
+    order: Tensor
+
+    def __init__(self, method: TrainableTokens, site: Site, tied_to: TokenRows | None = None) -> None:
+        super().__init__()
+        weight = site.weight.detach()
+        self.kind = site.kind
+        self.rides = False
+        self.owner = tied_to is None
+        ids = torch.tensor(list(method.token_indices), device=weight.device)
+        if int(max(method.token_indices)) >= weight.shape[0]:
+            raise ConfigError(
+                f"TrainableTokens: there is no token {max(method.token_indices)} in {site.name}, which has {weight.shape[0]} "
+                "rows; resize the embedding before attaching"
+            )
+        self.value = tied_to.value if tied_to else nn.Parameter(weight[ids].to(trainable_dtype(weight.dtype)))
+        self.register_buffer("token_indices", ids, persistent=False)
+        self.register_buffer("order", ids.argsort(), persistent=False)
+        if site.kind == "embedding":
+            _check_lookup(site)
+
+    def forward(self, inner: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = inner(x, *args, **kwargs)
+        if self.kind == "linear":
+            # Written as a change of y, so that rows which are still the base's leave y's bits alone.
+            change = self.value - inner.weight()[self.token_indices].to(self.value.dtype)
+            return y.index_add(-1, self.token_indices, F.linear(x, change.to(x.dtype)).to(y.dtype))
+        place = torch.searchsorted(self.token_indices[self.order], x).clamp(max=self.order.numel() - 1)
+        place = self.order[place]
+        rows = F.embedding(place, self.value).to(inner.inlays.original("weight").dtype)
+        scale = getattr(inner.module, "embed_scale", None)
+        if scale is not None:
+            rows = rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+        return torch.where((self.token_indices[place] == x).unsqueeze(-1), rows.to(y.dtype), y)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        return weight.index_copy(0, self.token_indices, self.value.to(weight.dtype))
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        if not self.owner:
+            return {}
+        return {f"token_adapter.{DELTA}" if self.rides else DELTA: self.value}
+
+
+def _check_lookup(site: Site) -> None:
+    """Refuse embeddings whose rows leave them changed in a way that is not known here, or that rewrite their table."""
+    from inlay.engine.host import base_class
+
+    module: Any = site.module
+    plain = base_class(type(module)).forward is nn.Embedding.forward
+    if module.max_norm is not None or not (plain or hasattr(module, "embed_scale")):
+        reason = "renormalises its table (max_norm)" if module.max_norm is not None else "has a forward of its own"
+        raise UnsupportedError(f"TrainableTokens cannot sit at {site.name}: {type(module).__name__} {reason}; use LoRA there")

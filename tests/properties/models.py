@@ -1,0 +1,249 @@
+"""The hosts of the property matrix: tiny models of every kind, built once, copied for each test; and how to look at them.
+
+Every parameter is random (biases and norms too), so that outputs are of the order of one and a piece that forgets a bias
+or a norm shows. No host has dropout: training mode computes what evaluation mode does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from engine.tiny import Plain, build, build_transformer_encoder
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from inlay.engine.adapters import adapters_of
+
+Inputs = dict[str, Tensor]
+
+
+class ConvNet(nn.Module):
+    """Convolutions over one, two and three dimensions: grouped, strided, dilated, with circular padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Conv1d(4, 8, 3, padding=1, groups=2)
+        self.plane = nn.Conv2d(8, 6, (3, 2), padding=1, stride=(1, 2), dilation=(1, 2), bias=False)
+        self.norm = nn.GroupNorm(2, 6)
+        self.space = nn.Conv3d(6, 4, (1, 3, 3), padding=(0, 1, 1), padding_mode="circular")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.line(x).unflatten(-1, (4, 3))
+        x = torch.relu(self.norm(self.plane(x)))
+        result: Tensor = self.space(x.unsqueeze(2)).flatten(1)
+        return result
+
+
+class TiedNet(nn.Module):
+    """An embedding whose weight is the output's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8, padding_idx=0)
+        self.mix = nn.Linear(8, 8)
+        self.unembed = nn.Linear(8, 11, bias=False)
+        self.unembed.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        result: Tensor = self.unembed(torch.tanh(self.mix(self.embed(ids))))
+        return result
+
+
+@dataclass(frozen=True)
+class Host:
+    """A model to set pieces into: how to make it, what it reads, and how large its new head is."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], Inputs]
+    head: int = 0
+    """Parameters of the untrained head, which is trained with every adapter."""
+    checkpoints: bool = False
+    """Whether the model has transformers' own gradient checkpointing."""
+    fused: bool = False
+    """Whether the bare model takes a fused path without gradients, which rounds otherwise than with pieces in it."""
+
+
+def _tokens(vocabulary: int = 64, length: int = 7, low: int = 3) -> Tensor:
+    return torch.randint(low, vocabulary, (2, length))
+
+
+def _text(padding: str | None = "right") -> Inputs:
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, slice(5, None) if padding == "right" else slice(None, 2)] = 0
+    return {"input_ids": _tokens(), "attention_mask": mask}
+
+
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+HOSTS = {
+    host.name: host
+    for host in (
+        Host("bert", lambda: build("bert", "sequence", **_NO_DROPOUT), _text, head=32 * 2 + 2, checkpoints=True),
+        Host("llama", lambda: build("llama", "causal"), lambda: _text("left"), checkpoints=True),
+        Host(
+            "gpt2",
+            lambda: build("gpt2", "causal", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
+            _text,
+            checkpoints=True,
+        ),
+        Host(
+            "t5",
+            lambda: build("t5", "conditional", dropout_rate=0.0),
+            lambda: {**_text(), "decoder_input_ids": _tokens(length=5)},
+            checkpoints=True,
+        ),
+        Host(
+            "vit",
+            lambda: build("vit", "image", num_labels=3, **_NO_DROPOUT),
+            lambda: {"pixel_values": torch.randn(2, 3, 16, 16)},
+            head=32 * 3 + 3,
+            checkpoints=True,
+        ),
+        Host("mixtral", lambda: build("mixtral", "causal"), _text, checkpoints=True),
+        Host("conv", ConvNet, lambda: {"x": torch.randn(2, 4, 12)}),
+        Host("tied", TiedNet, lambda: {"ids": _tokens(11, 5, low=0)}),
+        Host("torch", build_transformer_encoder, lambda: {"src": torch.randn(2, 5, 12)}, fused=True),
+        Host("plain", Plain, lambda: {"tokens": _tokens(11, 6, low=0)}, fused=True),
+    )
+}
+
+
+@functools.cache
+def _base(name: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = HOSTS[name].make()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def fresh(name: str) -> nn.Module:
+    """A copy of the host `name` in evaluation mode; every copy, in every process, has the same bits."""
+    return copy.deepcopy(_base(name))
+
+
+@functools.cache
+def inputs(name: str) -> Inputs:
+    """What the host `name` is given, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return HOSTS[name].inputs()
+
+
+@functools.cache
+def base_output(name: str, grad: bool = False) -> Tensor:
+    """What the bare host computes, without gradients or (`grad`) with them."""
+    return output(_base(name), name, grad)
+
+
+def forward(model: nn.Module, name: str, given: Inputs | None = None) -> Tensor:
+    """The model's main output: logits, or the tensor that it returns."""
+    given = inputs(name) if given is None else given
+    if next(model.parameters()).dtype == torch.bfloat16:
+        given = {key: value.bfloat16() if value.is_floating_point() else value for key, value in given.items()}
+    output = model(**given)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def output(model: nn.Module, name: str, grad: bool = False) -> Tensor:
+    """What the model computes, without gradients unless asked for."""
+    with torch.set_grad_enabled(grad):
+        return forward(model, name).detach()
+
+
+def loss_of(value: Tensor) -> Tensor:
+    """A scalar that every entry of an output pulls at differently."""
+    weights = torch.linspace(-1, 1.3, value.numel()).view(value.shape)
+    return (value.float() * weights).sum() + value.float().square().mean()
+
+
+def gradients(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The gradient of each parameter that gets one."""
+    model.zero_grad()
+    loss_of(forward(model, name)).backward()
+    return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+
+def checkpointed(model: nn.Module, host: Host, reentrant: bool) -> dict[str, Tensor]:
+    """`gradients` under gradient checkpointing: the model's own where it has one, else one checkpoint around it."""
+    model.train().zero_grad()
+    if host.checkpoints:
+        # transformers renamed it; the floor of the supported versions has the old name only.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": reentrant})
+        if model.main_input_name != "input_ids":
+            # The older kind needs an input that requires a gradient; transformers sees to it for texts alone.
+            model.enable_input_require_grads()
+        return gradients(model, host.name)
+    # The older kind only differentiates through tensors that it is given, so one that requires a gradient goes in.
+    value = checkpoint(
+        lambda _: forward(model, host.name), torch.ones((), requires_grad=True), use_reentrant=reentrant
+    )
+    loss_of(value).backward()
+    return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+
+def perturb(model: nn.Module, name: str = "default", std: float = 0.1) -> nn.Module:
+    """Move the adapter away from its start, as training would; always by the same amounts."""
+    generator = torch.Generator().manual_seed(len(name))
+    with torch.no_grad():
+        for parameter in adapters_of(model).get(name).parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=std)
+    return model
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that can be seen of a model from outside: what attach and detach together must leave as it was."""
+
+    classes: dict[str, type]
+    attributes: dict[str, list[str]]
+    hooks: dict[str, int]
+    state: dict[str, bytes]
+    required_grad: dict[str, bool]
+    training: dict[str, bool]
+    identities: dict[str, int]
+
+
+def snapshot(model: nn.Module) -> Snapshot:
+    """The model's classes, attributes, hooks, bits and flags, by path."""
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return Snapshot(
+        classes={path: type(module) for path, module in modules.items()},
+        attributes={path: sorted(vars(module)) for path, module in modules.items()},
+        hooks={path: len(m._forward_hooks) + len(m._forward_pre_hooks) for path, m in modules.items()},
+        state={key: bits(value) for key, value in model.state_dict().items()},
+        required_grad={key: parameter.requires_grad for key, parameter in parameters.items()},
+        training={path: module.training for path, module in modules.items()},
+        identities={key: id(parameter) for key, parameter in parameters.items()},
+    )
+
+
+def bits(tensor: Tensor) -> bytes:
+    """The very bits of a tensor."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def base_bits(model: nn.Module) -> dict[str, bytes]:
+    """The bits of everything that is not a piece."""
+    return {key: bits(value) for key, value in model.state_dict().items() if "inlays" not in key.split(".")}
+
+
+@contextlib.contextmanager
+def quiet(*patterns: str) -> Iterator[None]:
+    """Ignore warnings that other libraries give by themselves, and nothing else."""
+    with warnings.catch_warnings():
+        for pattern in patterns:
+            warnings.filterwarnings("ignore", message=pattern)
+        yield

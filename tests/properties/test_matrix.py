@@ -1,0 +1,366 @@
+"""What always holds: nine properties, for every method in every host that it claims. A new method is a new row of ROWS."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from properties.models import HOSTS, base_bits, base_output, checkpointed, forward, fresh, gradients, inputs, loss_of
+from properties.models import output, perturb, snapshot
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import inlay
+from inlay.engine.adapters import adapters_of
+from inlay.engine.piece import Method
+from inlay.engine.registry import kinds, make_method
+from inlay.errors import CheckpointError, ConfigError, TargetError, UnsupportedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method, the hosts that it claims, and what is expected of it there."""
+
+    name: str
+    method: Method
+    claims: dict[str, Any]
+    """Host -> number of parameters, or (targets, number): a formula of the host's sizes, not of the library's."""
+    identity: float = 0.0
+    """Largest change of an output at the start; 0 means the very bits of the base."""
+    mergeable: bool = True
+    peft: bool = True
+    """Whether HF peft can read the adapter's file."""
+    targets: bool = True
+    """Whether the method has targets."""
+    compiled: tuple[str, ...] = ()
+    """Hosts to compile besides the first (each takes seconds, so not all)."""
+
+    def at(self, host: str) -> Method:
+        """The method with the targets that the row gives for a host."""
+        claim = self.claims[host]
+        return self.method if isinstance(claim, int) else self.method.replace(targets=claim[0])
+
+    def attached(self, host: str, perturbed: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A fresh host with the method in it, moved away from its start unless told otherwise."""
+        model = inlay.attach(fresh(host).to(dtype), self.at(host))
+        return perturb(model) if perturbed else model
+
+
+# (in, out) of every linear outside heads. Width 32, 2 layers and inner width 48, but for the last two. llama and mixtral
+# have 2 of 4 heads for keys and values; gpt2 has query, key and value in one; t5 has 6 attentions and 4 feed-forwards.
+SQUARE, FFN, GATED = [(32, 32)], [(32, 48), (48, 32)], [(32, 48), (32, 48), (48, 32)]
+GROUPED = [(32, 32), (32, 16), (32, 16), (32, 32)]
+MULTIHEAD = [(12, 36), (12, 12)]
+LINEARS = {
+    "bert": 2 * (4 * SQUARE + FFN) + SQUARE,
+    "llama": 2 * (GROUPED + GATED),
+    "gpt2": 2 * ([(32, 96), (32, 32)] + FFN),
+    "t5": 6 * 4 * SQUARE + 4 * FFN,
+    "vit": 2 * (4 * SQUARE + FFN),
+    "torch": 2 * (MULTIHEAD + [(12, 20), (20, 12)]),
+    "plain": 3 * (MULTIHEAD + [(12, 16), (16, 12)]) + [(12, 5)],
+}
+
+
+def total(shapes: list[tuple[int, int]], count: Callable[[int, int], int]) -> int:
+    """The sum of a formula over linears."""
+    return sum(count(*shape) for shape in shapes)
+
+
+def linears(count: Callable[[int, int], int]) -> dict[str, tuple[str, int]]:
+    """Claims of a method that sits at every linear and has `count(in, out)` parameters there."""
+    return {host: ("all-linear", total(shapes, count)) for host, shapes in LINEARS.items()}
+
+
+R = 2
+MIXED = "line,plane,space"  # the convolutions of "conv": 4 to 8 in 2 groups, 8 to 6, 6 to 4
+CONV_A, CONV_B, CONV_OUT = R * 2 * 3 + R * 8 * 3 * 2 + R * 6 * 3 * 3, 8 * R // 2 + 6 * R + 4 * R, 8 + 6 + 4
+EXPERTS = 3 * ((32 + 96) + (48 + 32))  # mixtral: 3 experts, gate and up in one
+
+
+def lora(i: int, o: int) -> int:
+    return R * (i + o)
+
+
+def dora(i: int, o: int) -> int:
+    return R * (i + o) + o
+
+
+ROWS = [
+    Row(
+        "lora",
+        inlay.LoRA(r=R),
+        linears(lora)
+        | {
+            "bert": 2 * 2 * R * (32 + 32),  # the default: query and value
+            "mixtral": ("experts,attention", R * 2 * EXPERTS + 2 * total(GROUPED, lora)),
+            "conv": (MIXED, CONV_A + CONV_B),
+            "tied": ("embed,mix", R * (11 + 8) + R * (8 + 8)),
+            "plain": ("lookup,mix,mixing", R * (11 + 8) + R * (4 * 3) + 12 * R // 2 + 3 * R * (12 + 12)),
+        },
+        compiled=("mixtral", "conv", "tied", "torch", "plain"),
+    ),
+    Row(
+        "lora-bias",
+        inlay.LoRA(r=R, bias="lora_only", lora_bias=True, rank_stabilised=True),
+        {"bert": 4 * R * (32 + 32) + 4 * 32 + 4 * 32, "conv": (MIXED, CONV_A + CONV_B + CONV_OUT + 8 + 4)},
+    ),
+    Row("lora-pissa", inlay.LoRA(r=R, init="pissa", targets="attention"), {"gpt2": 2 * R * (32 + 96 + 32 + 32)}),
+    Row(
+        "dora",
+        inlay.DoRA(r=R),
+        linears(dora)
+        | {
+            "conv": (MIXED, CONV_A + CONV_B + CONV_OUT),
+            "tied": ("embed,mix", R * (11 + 8) + 8 + R * (8 + 8) + 8),
+        },
+    ),
+]
+
+CASES = [pytest.param(row, host, id=f"{row.name}-{host}") for row in ROWS for host in row.claims]
+FIRST = [pytest.param(row, next(iter(row.claims)), id=row.name) for row in ROWS]
+every = pytest.mark.parametrize(("row", "host"), CASES)
+first = pytest.mark.parametrize(("row", "host"), FIRST)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Equal to `tolerance` of the largest entry: sums of floats in another order, through a few layers."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0)
+
+
+def test_every_method_has_a_row() -> None:
+    assert {row.method.kind for row in ROWS} >= set(kinds()) - {"modules_to_save"}  # sits with all: the heads
+
+
+@every
+def test_1_starts_as_the_base(row: Row, host: str) -> None:
+    grad = HOSTS[host].fused
+    model, base = row.attached(host, perturbed=False), base_output(host, grad)
+    if row.identity:
+        assert (output(model, host, grad) - base).abs().max() <= row.identity
+    else:
+        assert torch.equal(output(model, host, grad), base)
+    assert not torch.equal(output(perturb(model), host, grad), base)
+
+
+@every
+def test_2_only_the_adapter_learns_and_all_of_it_does(row: Row, host: str) -> None:
+    model = row.attached(host).train()
+    own = {id(parameter) for parameter in adapters_of(model).get("default").parameters()}
+    before = base_bits(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(3):
+        found = gradients(model, host)
+        optimizer.step()
+    assert set(found) == {name for name, parameter in model.named_parameters() if id(parameter) in own}
+    assert [name for name, gradient in found.items() if not gradient.any()] == []
+    assert base_bits(model) == before
+
+
+@every
+def test_3_detach_restores_everything_and_disabled_is_the_base(row: Row, host: str) -> None:
+    model = fresh(host)
+    next(model.children()).train()
+    next(model.parameters()).requires_grad_(False)
+    before, base = snapshot(model), output(model, host)
+    inlay.attach(model, row.at(host))
+    perturb(model)
+    with inlay.disabled(model):
+        assert torch.equal(output(model, host), base)
+    inlay.detach(model)
+    assert snapshot(model) == before
+    assert torch.equal(output(model, host), base)
+
+
+@every
+def test_4_a_saved_adapter_loads_with_the_same_outputs_and_trains_on(row: Row, host: str, tmp_path: Path) -> None:
+    model = row.attached(host)
+    inlay.save(model, tmp_path)
+    loaded = inlay.load(fresh(host), tmp_path, trainable=True)
+    assert torch.equal(output(loaded, host), output(model, host))
+    theirs, ours = gradients(loaded, host), gradients(model, host)
+    assert {name: gradient.tolist() for name, gradient in theirs.items()} == {n: g.tolist() for n, g in ours.items()}
+    frozen = inlay.load(fresh(host), tmp_path)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+READER = """
+import json, sys, torch, inlay
+from properties.models import fresh, output
+for name, host in json.loads(sys.argv[2]).items():
+    model = inlay.load(fresh(host), f"{sys.argv[1]}/{name}")
+    if not torch.equal(output(model, host), torch.load(f"{sys.argv[1]}/{name}.pt")):
+        print("differs:", name)
+"""
+
+
+def test_4_the_same_in_a_fresh_process(tmp_path: Path) -> None:
+    hosts = {row.name: next(iter(row.claims)) for row in ROWS}
+    for row in ROWS:
+        model = row.attached(hosts[row.name])
+        inlay.save(model, tmp_path / row.name)
+        torch.save(output(model, hosts[row.name]), tmp_path / f"{row.name}.pt")
+    command = [sys.executable, "-c", READER, str(tmp_path), json.dumps(hosts)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@every
+def test_5_merged_equals_unmerged_and_unmerge_restores_the_bits(row: Row, host: str) -> None:
+    model = row.attached(host)
+    inlay.attach(model, row.at(host), name="law")
+    perturb(model, "law")
+    before = snapshot(model)
+    for names in (("default",), ("default", "law"), ("law", "default")):
+        inlay.activate(model, *names)
+        expected = output(model, host)
+        if not row.mergeable:
+            with pytest.raises(UnsupportedError, match="not a change of the weights"):
+                inlay.merge(model)
+        else:
+            inlay.merge(model)
+            close(output(model, host), expected, 1e-5)
+            assert base_bits(model) != before.state
+            inlay.unmerge(model)
+        assert snapshot(model) == before
+        assert torch.equal(output(model, host), expected)
+
+
+@first
+def test_6_hf_peft_reads_the_file_and_computes_the_same(row: Row, host: str, tmp_path: Path) -> None:
+    model = row.attached(host)
+    inlay.save(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == (row.method.peft_type if row.peft else "INLAY")
+    if row.peft:
+        peft = pytest.importorskip("peft")
+        theirs = output(peft.PeftModel.from_pretrained(fresh(host), tmp_path), host)
+        expected = output(model, host)
+        close(theirs[:, -expected.shape[1] :], expected, 1e-5)  # peft leaves a prompt's positions in the output
+
+
+@every
+def test_7_autocast(row: Row, host: str) -> None:
+    model = row.attached(host, perturbed=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        base = output(fresh(host), host, grad=True)
+        start = output(model, host, grad=True)
+        close(start.float(), base.float(), 0.0 if not row.identity else 0.05 + row.identity)
+    expected = output(perturb(model), host)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        close(output(model, host).float(), expected, 0.05)  # bfloat16 keeps 8 bits: 0.4 % for each rounding
+        found = gradients(model, host)
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in found.values())
+
+
+@every
+def test_7_a_bfloat16_base(row: Row, host: str) -> None:
+    model = row.attached(host, perturbed=False, dtype=torch.bfloat16)
+    base = output(fresh(host).bfloat16(), host, grad=True)
+    close(output(model, host, grad=True), base, 0.0 if not row.identity else 0.05 + row.identity)
+    assert {parameter.dtype for parameter in adapters_of(model).get("default").parameters()} == {torch.float32}
+    found = output(perturb(model), host)
+    assert found.dtype == torch.bfloat16
+    close(found.float(), output(row.attached(host), host), 0.1)  # weights and activations rounded to 8 bits
+    assert all(gradient.isfinite().all() for gradient in gradients(model, host).values())
+    if row.mergeable:
+        before = base_bits(model)
+        inlay.merge(model)
+        close(output(model, host).float(), found.float(), 0.1)
+        inlay.unmerge(model)
+        assert base_bits(model) == before
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["new", "reentrant"])
+@every
+def test_7_gradient_checkpointing(row: Row, host: str, reentrant: bool) -> None:
+    model = row.attached(host)
+    expected = gradients(model, host)
+    found = checkpointed(model, HOSTS[host], reentrant)
+    assert set(found) == set(expected)
+    for name, gradient in found.items():
+        close(gradient, expected[name], 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("row", "host"),
+    [pytest.param(row, host, id=f"{row.name}-{host}") for row in ROWS for host in (next(iter(row.claims)), *row.compiled)],
+)
+def test_7_compiles_without_a_graph_break(row: Row, host: str) -> None:
+    model = row.attached(host)
+    expected = output(model, host)
+    torch._dynamo.reset()
+    close(output(torch.compile(model, fullgraph=True, backend="eager"), host), expected, 1e-5)
+
+
+@every
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+def test_7_deepcopy_and_pickle(row: Row, host: str, twin: Callable[[nn.Module], nn.Module]) -> None:
+    model = row.attached(host)
+    other, expected = twin(model), output(model, host)
+    assert torch.equal(output(other, host), expected)
+    perturb(other, std=0.3)
+    assert not torch.equal(output(other, host), expected)
+    assert torch.equal(output(model, host), expected)
+    inlay.detach(other)
+    assert torch.equal(output(other, host), base_output(host))
+
+
+@every
+def test_8_the_parameter_count_is_the_formulas(row: Row, host: str) -> None:
+    claim = row.claims[host]
+    summary = inlay.summary(row.attached(host))
+    assert summary.trainable_parameters == (claim if isinstance(claim, int) else claim[1]) + HOSTS[host].head
+    assert summary.base_parameters == sum(parameter.numel() for parameter in fresh(host).parameters())
+
+
+@every
+def test_9_a_target_that_matches_nothing(row: Row, host: str) -> None:
+    model, method = fresh(host), row.at(host)
+    before = snapshot(model)
+    sites = method.sites(inlay.SiteIndex(model))
+    word = sites[0].name.rpartition(".")[2]
+    wrong = f"{word[:2]}x{word[2:]}"
+    valid = method.targets or method.default_targets
+    for targets in (wrong, [valid, wrong]):
+        with pytest.raises(TargetError if row.targets else ConfigError, match=f"{wrong}.*did you mean|targets"):
+            inlay.attach(model, method.replace(targets=targets))
+        assert snapshot(model) == before
+
+
+@every
+def test_9_a_file_with_a_tensor_or_a_field_that_nobody_knows(row: Row, host: str, tmp_path: Path) -> None:
+    inlay.save(row.attached(host), tmp_path)
+    path, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    key = next(iter(tensors))
+    model = fresh(host)
+    before = snapshot(model)
+    for damaged in ({**tensors, f"{key}x": tensors[key]}, {k: v for k, v in tensors.items() if k != key}):
+        save_file(damaged, path, metadata)
+        with pytest.raises(CheckpointError, match=key):
+            inlay.load(model, tmp_path)
+        assert snapshot(model) == before
+    save_file(tensors, path, metadata)
+    content = json.loads(config.read_text())
+    content["auto_mapping"]["inlay"]["methods"][0]["layerz"] = None
+    config.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="layerz.*did you mean 'layers'"):
+        inlay.load(model, tmp_path)
+    with pytest.raises(ConfigError, match="overidess.*did you mean 'overrides'"):
+        make_method(row.method.kind, {"overidess": {}})
+    assert snapshot(model) == before
