@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from engine import tiny
 from torch import nn
 
 from inlay.engine.roles import ROLES, known_role, new_heads
 from inlay.engine.sites import Site, SiteIndex
-from tests.engine import tiny
 
 # "architecture stack" -> the places of each block, relative to it, by role. Umbrellas ("attention", "ffn", "norm",
 # "block") follow from the others and are checked as such. A line "role@1" holds for layer 1 only.

@@ -7,6 +7,8 @@ Widths are chosen so that query, key/value, feed-forward and model widths all di
 so that a test which mixes two of them up fails on a shape.
 """
 
+# ruff: noqa: C408 (configs read best as keywords)
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -45,8 +47,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "electra": ("Electra", dict(_ENCODER, embedding_size=16)),
     "deberta-v2": (
         "DebertaV2",
-        dict(_ENCODER, relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, norm_rel_ebd="layer_norm",
-             share_att_key=True, pooler_hidden_size=32),
+        dict(_ENCODER, relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8,
+             norm_rel_ebd="layer_norm", share_att_key=True, pooler_hidden_size=32),
     ),
     "modernbert": ("ModernBert", dict(_ENCODER, global_attn_every_n_layers=2, local_attention=8)),
     "gpt2": ("GPT2", dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_inner=48, n_positions=40,
@@ -135,8 +137,7 @@ def build(name: str, head: str = "trunk", **changes: Any) -> transformers.PreTra
 
 def build_clip(**changes: Any) -> transformers.PreTrainedModel:
     """A tiny CLIP: two towers, each with its own width."""
-    text = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-                max_position_embeddings=16, projection_dim=20, bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+    text = dict(_ENCODER, max_position_embeddings=16, projection_dim=20, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     vision = dict(_VISION, hidden_size=24, intermediate_size=40, projection_dim=20)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

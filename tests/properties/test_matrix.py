@@ -122,6 +122,8 @@ ROWS = [
         inlay.DoRA(r=R),
         linears(dora)
         | {
+            "torch": ("linear1,linear2", 2 * total([(12, 20), (20, 12)], dora)),
+            "plain": ("a,b,out", 3 * total([(12, 16), (16, 12)], dora) + dora(12, 5)),
             "conv": (MIXED, CONV_A + CONV_B + CONV_OUT),
             "tied": ("embed,mix", R * (11 + 8) + 8 + R * (8 + 8) + 8),
         },
@@ -350,7 +352,7 @@ def test_9_a_file_with_a_tensor_or_a_field_that_nobody_knows(row: Row, host: str
     key = next(iter(tensors))
     model = fresh(host)
     before = snapshot(model)
-    for damaged in ({**tensors, f"{key}x": tensors[key]}, {k: v for k, v in tensors.items() if k != key}):
+    for damaged in ({**tensors, f"{key}x": torch.ones(2)}, {k: v for k, v in tensors.items() if k != key}):
         save_file(damaged, path, metadata)
         with pytest.raises(CheckpointError, match=key):
             inlay.load(model, tmp_path)

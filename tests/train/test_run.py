@@ -73,9 +73,20 @@ def test_flags_override_the_file_and_sets_override_flags(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-3", 1e-3), ("2E5", 2e5), ("16", 16), ("0.5", 0.5), ("true", True), ("query,value", "query,value"), ("[1, 2]", [1, 2]),
-     ("null", None), ("1e", "1e"), ("e-3", "e-3"), ("re:.*[0-3]", "re:.*[0-3]")],
-)  # fmt: skip
+    [
+        ("1e-3", 1e-3),
+        ("2E5", 2e5),
+        ("16", 16),
+        ("0.5", 0.5),
+        ("true", True),
+        ("query,value", "query,value"),
+        ("[1, 2]", [1, 2]),
+        ("null", None),
+        ("1e", "1e"),
+        ("e-3", "e-3"),
+        ("re:.*[0-3]", "re:.*[0-3]"),
+    ],
+)
 def test_values_are_read_as_people_mean_them(text: str, value: Any) -> None:
     assert read.yaml_value(text) == value
     assert type(read.yaml_value(text)) is type(value)

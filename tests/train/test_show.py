@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from inlay.train.callbacks import Curve, Progress, duration, read_curve
+from inlay.train.callbacks import Curve, Progress, read_curve
 from inlay.train.chart import loss_chart, smoothed
 from inlay.train.inspect import folded
+from inlay.train.record import duration
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from inlay.train.callbacks import duration
-from inlay.train.inspect import AdapterFolder, Check, MethodRow, Places
-from inlay.train.record import Record
+from inlay.train.checking import Check
+from inlay.train.inspect import AdapterFolder, MethodRow, Places
+from inlay.train.record import Record, duration
 
 
 def print_record(record: Record) -> None:

@@ -150,6 +150,7 @@ def _describe(method: Method, placed: engine.Placed, index: SiteIndex) -> dict[s
         method = method.replace(targets=tuple(f"name:{name}" for name in names), exclude=None, layers=None)
     elif callable(method.targets):
         raise UnsupportedError(f"{type(method).__name__} was given a callable as targets and cannot be written; name them")
+    method = method.for_file()
     fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     return {"kind": method.kind, **fields}
 

@@ -6,6 +6,9 @@ import contextlib
 import errno
 import json
 import os
+import shutil
+import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,18 +26,20 @@ EXTRA = "adapter_extra.safetensors"
 """What HF peft's format has no room for (the encoder behind a prompt, starting factors): read by Inlay only."""
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_adapter.bin")
 LARGEST_CONFIG = 16 * 2**20
+SAVING, SAVED = ".inlay-saving-", ".inlay-saved"
+"""Folders inside an adapter folder: files being written (a prefix), and a complete set about to be moved into place."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """`adapter_config.json` as a dict. Raises CheckpointError when it is missing, no JSON object, or absurdly large."""
-    path = folder / CONFIG
+    path = locate(folder, CONFIG)
     if not path.is_file():
         raise CheckpointError(_missing(folder))
     if path.stat().st_size > LARGEST_CONFIG:
         raise CheckpointError(f"{path} is {path.stat().st_size:,} bytes, which no adapter config needs: wrong or damaged file")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): the file is damaged, restore it or save again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a JSON {type(config).__name__}, not an object: not an adapter config")
@@ -46,14 +51,23 @@ def _missing(folder: Path) -> str:
         siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         close = nearest(folder.name, siblings)
         return f"there is no folder {folder}" + (f"; near it: {', '.join(close)}" if close else "")
-    inside = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
-    hint = f"; its subfolder {folder / 'adapter'} looks like the one" if (folder / "adapter" / CONFIG).is_file() else ""
+    if not folder.is_dir():
+        return f"{folder} is a file; an adapter is a folder with {CONFIG} and {WEIGHTS}"
+    inside = sorted(p.name for p in folder.iterdir())[:8]
+    below = [name for name in inside if (folder / name / CONFIG).is_file()]
+    hint = f"; its subfolder {folder / below[0]} looks like the one" if below else ""
     return f"{folder} has no {CONFIG} (it holds: {', '.join(inside) or 'nothing'}){hint}"
+
+
+def locate(folder: Path, name: str) -> Path:
+    """Where a file of an adapter is: in the folder, or still among those a save that was killed had completed."""
+    saved = folder / SAVED / name
+    return saved if saved.is_file() else folder / name
 
 
 def read_tensors(folder: Path, name: str = WEIGHTS) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A safetensors file's tensors and metadata. Pickle files are refused, whatever they hold."""
-    path = folder / name
+    path = locate(folder, name)
     if not path.is_file():
         for pickle in PICKLES:
             if (folder / pickle).exists():
@@ -87,24 +101,54 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write(folder: Path, config: Mapping[str, Any], files: Mapping[str, tuple[dict[str, Tensor], dict[str, str]]]) -> None:
-    """Write all files beside their places, then rename them, the config last: a reader finds the old or the new."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        # Renames happen when the stack unwinds, last entered first, so the config is entered first.
-        temporary = stack.enter_context(replacing(folder / CONFIG))
-        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Write all files of an adapter, or none: at whatever moment this is killed, a reader finds the old or the new.
+
+    They are written into a folder beside their places; renaming that folder is what makes the new ones count, and
+    `locate` finds them there until they are in place.
+    """
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    saving: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _settle(folder)
+        _sweep(folder)
+        saving = Path(tempfile.mkdtemp(prefix=SAVING, dir=folder))
         for name, (tensors, metadata) in files.items():
-            temporary = stack.enter_context(replacing(folder / name))
-            try:
-                save_file(tensors, temporary, metadata=metadata)
-            except SafetensorError as error:
-                raise _disk_error(folder / name, error) from error
-    for name in (EXTRA,):
-        if name not in files:
-            (folder / name).unlink(missing_ok=True)
+            save_file(tensors, saving / name, metadata=metadata)
+        (saving / CONFIG).write_text(text, encoding="utf-8")
+        for path in saving.iterdir():
+            _flush(path)
+        os.replace(saving, folder / SAVED)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        reason = "the disk is full: free some space" if full else str(error)
+        raise CheckpointError(f"could not write {folder}; what was there before is untouched ({reason})") from error
+    finally:
+        if saving is not None:
+            shutil.rmtree(saving, ignore_errors=True)
+    _settle(folder)
 
 
-def _disk_error(path: Path, error: SafetensorError) -> Exception:
-    """safetensors reports a full disk as its own error; everything else about writing is one too."""
-    reason = "the disk is full" if "No space left" in str(error) or "os error 28" in str(error) else str(error)
-    return CheckpointError(f"could not write {path}: {reason}; what was there before is untouched")
+def _settle(folder: Path) -> None:
+    """Move a complete set of files into place; again, where an earlier save was killed doing so."""
+    saved = folder / SAVED
+    if not saved.is_dir() or saved.is_symlink():
+        return
+    if (saved / WEIGHTS).is_file() and not (saved / EXTRA).is_file():
+        (folder / EXTRA).unlink(missing_ok=True)
+    for path in sorted(saved.iterdir(), reverse=True):  # the extra file may go last: it is read only where it belongs
+        os.replace(path, folder / path.name)
+    saved.rmdir()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what saves that were killed left behind; a young one may be another process's, still at work."""
+    for path in folder.glob(f"{SAVING}*"):
+        if time.time() - path.stat().st_mtime > 3600:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk, so that a full one is noticed now and a power cut finds whole files."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

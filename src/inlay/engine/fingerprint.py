@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from inlay.engine.adapters import find_adapters
 from inlay.engine.host import CHILD
 from inlay.errors import BaseModelError
 
@@ -20,66 +22,95 @@ TOLERANCE = 2.0**-7
 def fingerprint(model: nn.Module, leave_out: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Class, config facts, a digest of parameter names and shapes, and a few weights spread over the model.
 
-    `leave_out` names parameters that are not the base's business (new heads that the adapter brings along).
+    `leave_out` names parameters that are not the base's business (new heads that the adapter brings along). A quantised
+    base packs its weights, so its shapes say nothing (`shapes` is None).
     """
-    parameters = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if CHILD not in name.split(".") and name not in leave_out
-    }
+    parameters = {name: value for name, value in base_parameters(model).items() if name not in leave_out}
     shapes = "\n".join(f"{name} {tuple(parameter.shape)}" for name, parameter in sorted(parameters.items()))
+    packed = any(not parameter.is_floating_point() for parameter in parameters.values())
     config = getattr(model, "config", None)
     return {
         "class": type(model).__name__,
         "config": {fact: getattr(config, fact) for fact in CONFIG_FACTS if isinstance(getattr(config, fact, None), int | str)},
         "parameters": sum(parameter.numel() for parameter in parameters.values()),
-        "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16],
-        "weights": _samples(parameters),
+        "shapes": None if packed else hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        "weights": {name: [list(parameters[name].shape), *_sample(parameters[name])] for name in _chosen(parameters)},
+        "without": sorted(leave_out),
     }
 
 
-@torch.no_grad()
-def _samples(parameters: dict[str, nn.Parameter]) -> dict[str, list[float]]:
-    """A few values of the first matrices spread evenly over the model (vectors often start alike in all models)."""
+def base_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own parameters by name, whatever is attached to it or merged into it."""
+    adapters = find_adapters(model)
+    merged = adapters.originals if adapters else {}
+    parameters: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        path, _, last = name.rpartition(".")
+        own = merged.get(path, {}).get(last, parameter)
+        if CHILD not in name.split(".") and own is not None:
+            parameters[name] = own
+    return parameters
+
+
+def _chosen(parameters: Mapping[str, Tensor]) -> list[str]:
+    """The first matrices spread evenly over the model (vectors often start alike in all models)."""
     names = [
         name
         for name, p in parameters.items()
         if p.dim() >= 2 and p.is_floating_point() and p.numel() >= VALUES and not p.is_meta
     ]
-    step = max(1, len(names) // SAMPLED)
-    found: dict[str, list[float]] = {}
-    for name in names[::step][:SAMPLED]:
-        flat = parameters[name].detach().reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, VALUES + 2, device=flat.device).long()[1:-1]
-        found[name] = [float(value) for value in flat[places].float().cpu()]
-    return found
+    return names[:: max(1, len(names) // SAMPLED)][:SAMPLED]
 
 
-def compare(stored: dict[str, Any], model: nn.Module, leave_out: frozenset[str] = frozenset()) -> None:
+@torch.no_grad()
+def _sample(parameter: Tensor) -> list[float]:
+    flat = parameter.detach().reshape(-1)
+    places = torch.linspace(0, flat.numel() - 1, VALUES + 2, device=flat.device).long()[1:-1]
+    return [float(value) for value in flat[places].float().cpu()]
+
+
+def compare(stored: Mapping[str, Any], model: nn.Module) -> None:
     """Raise BaseModelError saying what differs between the model a file was made for and this one."""
-    found = fingerprint(model, leave_out)
+    found = fingerprint(model, frozenset(stored.get("without", ())))
+    here = base_parameters(model)
     differences = [
         f"{fact} is {found['config'].get(fact)!r} here, {value!r} there"
         for fact, value in stored.get("config", {}).items()
         if found["config"].get(fact) != value
     ]
-    if not differences and stored.get("shapes") != found["shapes"]:
+    known = [(name, shape, values) for name, (shape, *values) in stored.get("weights", {}).items()]
+    differences += [_misfit(name, shape, here) for name, shape, _ in known][:2] if not differences else []
+    differences = [difference for difference in differences if difference]
+    if not differences and None not in (stored.get("shapes"), found["shapes"]) and stored["shapes"] != found["shapes"]:
         differences.append(
             f"parameter names or shapes differ ({found['parameters']:,} parameters of {found['class']} here, "
             f"{stored.get('parameters', 0):,} of {stored.get('class')} there)"
         )
     if not differences:
-        current = dict(model.named_parameters())
-        for name, values in stored.get("weights", {}).items():
-            here = _samples({name: current[name]}).get(name) if name in current else None
-            if here is not None and not _close(here, values):
-                differences.append(f"the weights of {name} differ ({here[0]:.5g} here, {values[0]:.5g} there)")
-                break
+        weights = ((name, values, _sample(here[name])) for name, _, values in known if _readable(here.get(name)))
+        differences += [
+            f"the weights of {name} differ ({ours[0]:.5g} here, {theirs[0]:.5g} there)"
+            for name, theirs, ours in weights
+            if not _close(ours, theirs)
+        ][:1]
     if differences:
         raise BaseModelError(
-            "this adapter was made for another base model: " + "; ".join(differences) + ". Load it on the base it names, "
-            "or insist with strict=False"
+            "this adapter was made for another base model: " + "; ".join(differences) + ". Load it on the base it was "
+            "made for, or insist with strict=False"
         )
+
+
+def _misfit(name: str, shape: list[int], here: Mapping[str, Tensor]) -> str:
+    """What is wrong with one parameter's name or shape; nothing for one that is quantised here."""
+    if name not in here:
+        return f"there is no parameter {name} here"
+    if here[name].is_floating_point() and list(here[name].shape) != shape:
+        return f"{name} has shape {tuple(here[name].shape)} here, {tuple(shape)} there"
+    return ""
+
+
+def _readable(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.is_floating_point() and not parameter.is_meta
 
 
 def _close(here: list[float], there: list[float]) -> bool:

@@ -91,7 +91,7 @@ class Method:
     layers: Any = None
     """Only these layers: an index, a list of indices, or ranges such as "0-3,8"."""
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Other field values for some places: {"pattern": {"r": 16}}; the first pattern that matches wins."""
+    """Other field values for some places: {"pattern": {"r": 16}}; for each field, the first pattern that matches wins."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -112,10 +112,11 @@ class Method:
 
     def at(self, site: Site) -> Method:
         """This method with the overrides that apply at `site`."""
-        for pattern, changes in self.overrides.items():
+        changes: dict[str, Any] = {}
+        for pattern, fields in self.overrides.items():
             if site.matches(pattern):
-                return self.replace(**changes)
-        return self
+                changes = {**fields, **changes}
+        return self.replace(**changes) if changes else self
 
     def replace(self, **changes: Any) -> Method:
         """A copy with some fields changed; an unknown field is a ConfigError naming the nearest."""
@@ -169,6 +170,10 @@ class Method:
                 for name, tensor in piece.file_tensors().items()
             }
             piece.load_file_tensors(found)
+
+    def for_file(self) -> Method:
+        """The method as a file describes it: without what mattered only when its pieces were made."""
+        return self
 
     def rides_with(self, methods: Sequence[Method]) -> bool:
         """Whether HF peft keeps this method inside the file of another of these methods."""

@@ -296,9 +296,10 @@ class SiteIndex:
         options = [role for role in [*ROLES, *ALIASES] if any(known_role(role) in s.roles for s in candidates)]
         options += [site.tail for site in candidates]
         options += [".".join(site.name.split(".")[-2:]) for site in candidates]
+        guess = did_you_mean(word, options)
         raise TargetError(
             f"{_prefix(what)}{field} {item!r} matches nothing in {self._searched(candidates, hosts)}"
-            f"{did_you_mean(word, options)}; {self._advice()}"
+            f"{guess + ' ' if guess else '; '}{self._advice()}"
         )
 
     def _layers(self, layers: Any, what: str) -> set[tuple[int, int]]:

@@ -5,7 +5,7 @@ Shapes, with r the rank (E experts, k… kernel sizes, g groups):
     host            A                   B
     linear          (r, in)             (out, r)
     embedding       (r, vocabulary)     (dim, r)
-    convolution     (r, in/g, k…)       (out, r/g, 1…)
+    convolution     (r, in/g, k…)       (out, r/g, 1…)      or A (r, in, k…), each rank reading all groups
     2-D parameter   (r, in)             (out, r)
     3-D parameter   (r·E, in)           (out, r·E)      expert index slowest in A, fastest in B
 """
@@ -27,9 +27,12 @@ def linear(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def embedding(ids: Tensor, a: Tensor, b: Tensor, host: nn.Embedding) -> Tensor:
-    """Aᵀ[ids] Bᵀ: what B·A adds to the rows that `ids` pick."""
+    """Aᵀ[ids] Bᵀ: what B·A adds to the rows that `ids` pick, times the host's `embed_scale` where it has one."""
     rows = F.embedding(ids, a.T, host.padding_idx, host.max_norm, host.norm_type, host.scale_grad_by_freq, host.sparse)
-    return F.linear(rows, b)
+    scale = getattr(host, "embed_scale", None)
+    if isinstance(scale, Tensor):  # transformers rounds it to the dtype of the table
+        scale = scale.to(host._parameters["weight"].dtype)  # type: ignore[union-attr]
+    return F.linear(rows, b) if scale is None else F.linear(rows, b) * scale
 
 
 def convolution(x: Tensor, a: Tensor, b: Tensor, host: nn.Module, bias: Tensor | None = None) -> Tensor:
@@ -40,10 +43,28 @@ def convolution(x: Tensor, a: Tensor, b: Tensor, host: nn.Module, bias: Tensor |
     if mode != "zeros":
         x = F.pad(x, host._reversed_padding_repeated_twice, mode=mode)  # type: ignore[arg-type]
         padding = 0
-    hidden = convolve(x, a.to(x.dtype), None, host.stride, padding, host.dilation, host.groups)
+    groups: Any = 1 if a.shape[1] == host.in_channels else host.groups
+    hidden = convolve(x, a.to(x.dtype), None, host.stride, padding, host.dilation, groups)
     return convolve(  # type: ignore[no-any-return]
         hidden, b.to(x.dtype), None if bias is None else bias.to(x.dtype), groups=host.groups
     )
+
+
+def spread_groups(a: Tensor, groups: int) -> Tensor:
+    """A (r, in/g, k…) of a grouped convolution as (r, in, k…), zero wherever a rank would read another group."""
+    rank, channels = a.shape[0] // groups, a.shape[1]
+    full = a.new_zeros(groups, rank, groups, channels, *a.shape[2:])
+    for group, part in enumerate(a.reshape(groups, rank, *a.shape[1:])):
+        full[group, :, group] = part
+    return full.reshape(a.shape[0], groups * channels, *a.shape[2:])
+
+
+def gather_groups(a: Tensor, groups: int) -> Tensor | None:
+    """What `spread_groups` spread; None when some rank does read another group."""
+    rank, channels = a.shape[0] // groups, a.shape[1] // groups
+    blocks = a.reshape(groups, rank, groups, channels, *a.shape[2:])
+    grouped = torch.stack([blocks[group, :, group] for group in range(groups)]).reshape(-1, channels, *a.shape[2:])
+    return grouped if torch.equal(spread_groups(grouped, groups), a) else None
 
 
 def delta(a: Tensor, b: Tensor, shape: torch.Size, *, input_last: bool = True) -> Tensor:

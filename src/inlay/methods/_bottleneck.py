@@ -1,4 +1,4 @@
-"""The bottleneck network of adapters, and the pieces that set it after a place, around a norm, or beside a sub-layer."""
+"""The bottleneck network of adapters, and the pieces that set it after a place, on a norm, or beside a sub-layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.engine.piece import Piece, trainable_dtype
@@ -15,7 +15,6 @@ from inlay.engine.sites import Site
 from inlay.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from inlay.methods._feed_forward import FeedForward
     from inlay.methods.adapter import Adapter
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -25,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
     "leaky_relu": F.leaky_relu,
-    "identity": torch.nn.Identity(),
+    "identity": lambda x: x,
 }
 INITS = ("zero_up", "bert", "houlsby")
 
@@ -135,15 +134,15 @@ class LeavePiece(AdapterPiece):
         hidden, self.bottleneck.hidden = self.bottleneck.hidden, None
         if hidden is None:
             raise UnsupportedError(
-                "a parallel adapter's second projection was called without its first: adapt the module that holds both, "
-                "as in Adapter(placement='parallel', targets=...)"
+                "a parallel adapter's second projection was called without its first: adapt the module that holds "
+                "both, as in Adapter(placement='parallel', targets=...)"
             )
         return h + self.bottleneck.widen(hidden).to(h.dtype)
 
 
-def paired_pieces(bottleneck: Bottleneck, around: FeedForward, last: Site) -> list[tuple[Site, Piece]]:
+def paired(bottleneck: Bottleneck, holder: Site, first: Site, last: Site) -> list[tuple[Site, Piece]]:
     """The pieces that carry one bottleneck from a feed-forward network's first projection to its second."""
-    return [(around.holder, ScopePiece(bottleneck)), (around.first, EnterPiece(bottleneck)), (last, LeavePiece(bottleneck))]
+    return [(holder, ScopePiece(bottleneck)), (first, EnterPiece(bottleneck)), (last, LeavePiece(bottleneck))]
 
 
 def first_of(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from inlay.engine.checkpoint import LOADING
 from inlay.engine.piece import trainable_dtype
 from inlay.engine.sites import Site
 from inlay.errors import ConfigError, UnsupportedError
@@ -56,6 +57,10 @@ def initial_factors(r: int, init: str, site: Site, scale: float) -> tuple[Tensor
         raise UnsupportedError(f"init={init!r} factors the weight of a linear; {site.name} is a {site.kind}: use 'kaiming'")
     if init == "orthogonal":
         return *_orthogonal(a, b, r), False
+    if LOADING.get():
+        return a, b, True  # a file is about to fill them: no need to factor W
+    if not site.weight.is_floating_point():
+        raise UnsupportedError(f"init={init!r} factors the weight of {site.name}, which is quantised: use 'kaiming'")
     weight = site.weight.detach().to(torch.float32)
     weight = weight.T if site.transposed else weight
     limit = min(weight.shape)

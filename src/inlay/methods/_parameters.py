@@ -48,8 +48,8 @@ def parameter_sites(
     for site in chosen:
         if isinstance(site.module, nn.RNNBase):
             raise UnsupportedError(
-                f"{what}: {site.name} cannot be trained as a copy, because {type(site.module).__name__} reads its weights "
-                f"from a flat list of its own; leave it out with exclude={site.path!r}"
+                f"{what}: {site.name} cannot be trained as a copy, because {type(site.module).__name__} reads its "
+                f"weights from a flat list of its own; leave it out with exclude={site.path!r}"
             )
     return chosen
 
@@ -84,7 +84,7 @@ def _item(index: SiteIndex, parameters: list[Site], item: str, what: str) -> lis
         return found
     found += _inside(parameters, places)
     if not found:
-        raise TargetError(f"{what}: target {item!r} names {len(places)} places without parameters, such as {places[0].name!r}")
+        raise TargetError(f"{what}: what target {item!r} names has no parameters ({places[0].name!r}, …)")
     return found
 
 

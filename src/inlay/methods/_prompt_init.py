@@ -39,7 +39,7 @@ def initial_prompt(
         return torch.randn(count, weight.shape[1]).to(weight.device) * weight.float().std()
     if init == "vocabulary":
         return _sample(embedding, count)
-    encode = _encoder(model, tokenizer, init)
+    encode = token_encoder(model, tokenizer, init)
     if init == "text":
         return torch.cat([_repeat(embedding, encode(one), length) for one in _texts(text, copies)])
     names = labels or _label_names(model)
@@ -83,7 +83,7 @@ def _label_names(model: nn.Module) -> tuple[str, ...]:
     return texts
 
 
-def _encoder(model: nn.Module, tokenizer: str | None, init: str) -> Any:
+def token_encoder(model: nn.Module, tokenizer: str | None, init: str) -> Any:
     """Text to token ids, without special tokens."""
     name = tokenizer or getattr(model, "name_or_path", None)
     if not name:

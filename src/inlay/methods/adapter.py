@@ -8,18 +8,18 @@
                LN(t + A(LN(t))), t = h + residual; else h + A(h) (Pfeiffer et al. 2020, arXiv:2005.00247)
     parallel   h + A(x), x what goes into the feed-forward network (He et al. 2021, arXiv:2110.04366; s = 4 there)
 
-With `init="zero_up"` W_up and b_up start at zero, so the model starts as the base. The adapter sees h after the dropout that
-a feed-forward module ends with, where it has one.
+With `init="zero_up"` W_up and b_up start at zero, so the model starts as the base. The adapter sees h after the dropout
+that a feed-forward module ends with, where it has one.
 
-Parameters: m · (d_in + d_out) + m + d_out for each place, m = d / 16 unless given. BERT-base: pfeiffer 894,528; houlsby with
-m = 64 2,379,264, and 38,400 in all of its 25 LayerNorms (the embeddings' included).
+Parameters: m · (d_in + d_out) + m + d_out for each place, m = d / 16 unless given. BERT-base: pfeiffer 894,528; houlsby
+with m = 64: 2,379,264, and 38,400 in all of its 25 LayerNorms (the embeddings' included).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -27,8 +27,9 @@ from inlay.engine.piece import Method, Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import copies
 from inlay.errors import ConfigError, did_you_mean
-from inlay.methods._bottleneck import ACTIVATIONS, INITS, AfterPiece, Bottleneck, BesidePiece, TwicePiece, paired_pieces
-from inlay.methods._feed_forward import adapted_places, between, norms, widths
+from inlay.methods import _bottleneck as pieces
+from inlay.methods._bottleneck import ACTIVATIONS, INITS, Bottleneck
+from inlay.methods._sub_layers import SubLayers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Adapter(Method):
     activation: str = "relu"
     """The function f: relu, gelu, silu, tanh, …"""
     init: Literal["zero_up", "bert", "houlsby"] = "zero_up"
-    """zero_up: Kaiming W_down, zero W_up; bert: both N(0, 0.02²); houlsby: both N(0, 0.01²) cut off at two deviations."""
+    """zero_up: Kaiming W_down, zero W_up; bert: both N(0, 0.02²); houlsby: both N(0, 0.01²), cut off at ±0.02."""
     scale: float = 1.0
     """The factor s."""
     dropout: float = 0.0
@@ -76,30 +77,32 @@ class Adapter(Method):
     def sites(self, index: SiteIndex) -> list[Site]:
         targets = self.targets
         if targets is None:
-            places = {id(site) for site in adapted_places(index, self.placement)}
+            places = {id(site) for site in SubLayers(index).places(self.placement)}
             targets = lambda site: id(site) in places  # noqa: E731
         found = index.select(
             targets, hosts=self.hosts, exclude=self.exclude, layers=self.layers, what=type(self).__name__
         )
         train_norms = self.placement == "houlsby" if self.train_norms is None else self.train_norms
-        return found + norms(index, self.layers) if train_norms else found
+        return [*found, *SubLayers(index).norms(self.layers)] if train_norms else found
 
     def build(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Piece]]:
-        index = SiteIndex(model)
+        layers = SubLayers(SiteIndex(model))
         made: list[tuple[Site, Piece]] = []
         for site in sites:
             if site.kind == "parameter":
                 continue
             method = self.at(site)
             assert isinstance(method, Adapter)
-            around = between(index, site) if self.placement == "parallel" and self.targets is None else None
-            if around is not None:
-                made += paired_pieces(method.network(around.first.in_features, site.out_features, site), around, site)
+            pair = layers.pair(site) if self.placement == "parallel" and self.targets is None else None
+            if pair is not None:
+                made += pieces.paired(method.network(pair.first.in_features, site.out_features, site), *pair, site)
                 continue
-            into, out = widths(index, site)
+            into, out = layers.widths(site)
             network = method.network(into if self.placement == "parallel" else out, out, site)
-            kind = BesidePiece if self.placement == "parallel" else TwicePiece if site.kind == "norm" else AfterPiece
-            made.append((site, kind(network)))
+            if self.placement == "parallel":
+                made.append((site, pieces.BesidePiece(network)))
+            else:
+                made.append((site, (pieces.TwicePiece if site.kind == "norm" else pieces.AfterPiece)(network)))
         return made + copies(site for site in sites if site.kind == "parameter")
 
     def network(self, into: int, out: int, site: Site) -> Bottleneck:

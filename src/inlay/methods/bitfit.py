@@ -3,8 +3,8 @@
     y = W x + b'        b' starts as the base's own b
 
 Every bias is trained, those of LayerNorms included, or those of chosen places ("query,up" is the paper's small set). A
-model without biases can be given some: `add_missing=True` adds a vector that starts at zero to the output of linears and
-convolutions that have none.
+model without biases can be given some: `add_missing=True` adds a vector that starts at zero to the output of linears
+and convolutions that have none.
 
 Parameters: the sum of the sizes of the chosen biases. BERT-base with its pooler: 102,912; "query,up" there: 46,080.
 """

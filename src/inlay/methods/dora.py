@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from inlay.engine.piece import Piece
@@ -36,9 +35,13 @@ class DoRA(LoRA):
             raise UnsupportedError(f"DoRA cannot sit at {site.name}, a bare parameter: exclude it, or use LoRA there")
         if self.lora_bias:
             raise UnsupportedError("DoRA(lora_bias=True): the direction has no bias; use LoRA, or bias='lora_only'")
+        if not site.weight.is_floating_point():
+            raise UnsupportedError(f"DoRA cannot sit at {site.name}: it needs the norm of W, which is quantised; use LoRA")
         return DoRAPiece(self, site)
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
+        if any(getattr(site.module, "groups", 1) > 1 for site in sites):
+            raise UnsupportedError("HF peft has no DoRA for grouped convolutions")
         return super().to_peft(sites, index) | {"use_dora": True}
 
 
@@ -47,32 +50,33 @@ class DoRAPiece(LoRAPiece):
 
     def __init__(self, method: DoRA, site: Site) -> None:
         super().__init__(method, site)
-        weight = site.weight.detach().to(self.lora_A.dtype)
-        self.magnitude = nn.Parameter(self.norm(weight.T if site.transposed else weight))
+        weight = site.weight.detach()
+        weight = weight.T if site.transposed else weight
+        # The same expression as in `factor`, so that m / ‖V‖ is exactly one at first.
+        self.magnitude = nn.Parameter(self.norm(weight.to(self.lora_A.dtype) + self.delta().detach()))
 
     def norm(self, direction: Tensor) -> Tensor:
         """‖V‖ for each output: (out,) for linears, (1, out, 1…) for convolutions, (dim,) for embeddings."""
         if self.kind == "embedding":
-            return torch.linalg.vector_norm(direction, dim=0)
-        norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
+            norm = torch.linalg.vector_norm(direction, dim=0)
+        else:
+            norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
+        norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)  # an output whose weights are all zero stays zero
         return norm.view(1, -1, *[1] * (direction.dim() - 2)) if self.kind == "conv" else norm
 
     def factor(self, inner: Any) -> Tensor:
-        """m / ‖V‖, differentiable in m only."""
+        """m / ‖V‖, differentiable in m only; (out, 1…) for convolutions, whose input may lack the batch."""
         with torch.no_grad():
             norm = self.norm(inner.weight().to(self.magnitude.dtype) + self.delta())
-        return self.magnitude / norm
+        factor = self.magnitude / norm
+        return factor[0] if self.kind == "conv" else factor
 
     def forward(self, inner: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = inner(x, *args, **kwargs)
-        dropped = F.dropout(x, self.dropout) if self.dropout and self.training and self.kind != "embedding" else x
-        change = self.scale * self.change(inner.module, dropped, self.lora_A, self.lora_B)
-        if self.start_A is not None:
-            change = change - self.scale * self.change(inner.module, dropped, self.start_A, self.start_B)
-        factor = self.factor(inner)
-        bias = inner.bias()
+        change = self.scale * self.change(inner.module, x)
+        factor, bias = self.factor(inner), inner.bias()
         if bias is not None and self.kind == "conv":
-            bias = bias.view(1, -1, *[1] * (y.dim() - 2))
+            bias = bias.view(-1, *[1] * (len(self.shape) - 2))
         direction = y if bias is None else y - bias
         # Written around y, so that a factor of exactly one leaves y's bits alone.
         return y + ((factor - 1) * direction + factor * change).to(y.dtype)
@@ -80,9 +84,7 @@ class DoRAPiece(LoRAPiece):
     def weight(self, weight: Tensor) -> Tensor:
         direction = weight + self.delta()
         factor = self.magnitude / self.norm(direction).detach()
-        if self.kind == "embedding":
-            return factor * direction
-        return factor.view(-1, *[1] * (direction.dim() - 1)) * direction
+        return (factor if self.kind == "embedding" else factor.view(-1, *[1] * (direction.dim() - 1))) * direction
 
     def file_tensors(self) -> dict[str, Tensor]:
         return super().file_tensors() | {"lora_magnitude_vector": self.magnitude}

@@ -1,9 +1,9 @@
-"""Full fine-tuning: every parameter is trained, the upper end of the scale (as in Devlin et al. 2018, arXiv:1810.04805).
+"""Full fine-tuning: every parameter is trained, the upper end of the scale (Devlin et al. 2018, arXiv:1810.04805).
 
     W' = a copy that starts as W
 
-The base's bits stay where they are, so the copy can be switched off, saved as an adapter, or stand beside others; it costs
-the memory of a second model. Tied parameters share one copy.
+The base's bits stay where they are, so the copy can be switched off, saved as an adapter, or stand beside others; it
+costs the memory of a second model. Tied parameters share one copy.
 
 Parameters: all of them, each tied one once.
 """

@@ -36,7 +36,7 @@ class FrozenFeatures(CopyMethod):
             return with_tied(index, parameter_sites(index, self.head, what=type(self).__name__))
         if not new_heads(index.model):
             raise TargetError(
-                f"FrozenFeatures: {type(index.model).__name__} has no new head to train; load the model with its task's "
-                "class (…ForSequenceClassification, …), or name the module, as in FrozenFeatures(head='lm_head')"
+                f"FrozenFeatures: {type(index.model).__name__} has no new head to train; load the model with its "
+                "task's class (…ForSequenceClassification, …), or name the module: FrozenFeatures(head='lm_head')"
             )
         return []

@@ -7,8 +7,8 @@ l starts at one, so the model starts as the base. With `form="additive"` the vec
 starts at zero. Scaling the input of the second projection is the paper's place in gated and ungated networks alike; the
 output of the first one is not, because an activation lies between.
 
-A projection that holds query, key and value in one is scaled whole, as HF peft does: nothing in its shape tells in which
-order it holds them, and a scale on the queries is one more on the same products q·k.
+A projection that holds query, key and value in one is scaled whole, as HF peft does: nothing in its shape tells in
+which order it holds them, and a scale on the queries is one more on the same products q·k.
 
 Parameters: out for each key and value projection, in for each second feed-forward projection (times experts).
 T0-3B: 24 · (2 · 2048 + 5120) + 24 · (4 · 2048 + 5120) = 540,672.
@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from inlay.engine.peft_names import shortest_names, targets_from_peft
+from inlay.engine.peft_names import peft_targets, shortest_names, targets_from_peft
 from inlay.engine.piece import Method, Piece, trainable_dtype
 from inlay.engine.sites import Site, SiteIndex
 from inlay.errors import ConfigError, UnsupportedError
@@ -62,14 +62,18 @@ class IA3(Method):
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
         if self.form == "additive" or any(site.kind == "parameter" or site.weight.dim() == 3 for site in sites):
             raise UnsupportedError("HF peft's (IA)³ multiplies, and sits in linears and 2-D and 3-D convolutions only")
-        everything = [path for path, _ in index.model.named_modules()]
-        inputs = [site.path for site in sites if self.at_input(site)]
-        outputs = [site.path for site in sites if not self.at_input(site)]
-        names = shortest_names(inputs, everything)
+        everything = [site.path for site in index.sites]
+        inputs = {site.path for site in sites if self.at_input(site)}
+        outputs = {site.path for site in sites} - inputs
+        names: list[str] | str = shortest_names(inputs, everything)
+        targets = peft_targets(sites, index)["target_modules"]
         if any(path.endswith(name) for path in outputs for name in names):
-            names = sorted(inputs)  # peft compares these by the end of the path, even inside a component
+            # peft compares names by the end of the path, even inside a component; a pattern it compares as a whole.
+            names = "|".join(re.escape(path) for path in sorted(inputs))
+        elif not isinstance(targets, str):  # peft wants every feed-forward name among the targets, spelled alike
+            targets = sorted({*names, *shortest_names(outputs, everything)})
         return {
-            "target_modules": sorted({*names, *shortest_names(outputs, everything)}),
+            "target_modules": targets,
             "feedforward_modules": names,
             "fan_in_fan_out": any(site.transposed for site in sites),
             "init_ia3_weights": True,
@@ -130,7 +134,7 @@ class IA3Piece(Piece):
             return weight * self.ia3_l.transpose(0, 1)
         # Each group of outputs sees its own channels: (groups, 1, in / groups, 1, …) over (groups, out / groups, …).
         scale = self.ia3_l.reshape(self.groups, 1, -1, *self.ia3_l.shape[2:])
-        return (weight.unflatten(0, (self.groups, -1)) * scale).flatten(0, 1)
+        return (weight.reshape(self.groups, -1, *weight.shape[1:]) * scale).reshape(weight.shape)
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
         if self.at_input:

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from inlay.engine.peft_names import peft_layers, shortest_names, targets_from_peft
+from inlay.engine.peft_names import peft_targets, targets_from_peft
 from inlay.engine.piece import Method
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import CopyMethod
@@ -37,9 +37,9 @@ class LayerNormTuning(CopyMethod):
         return f"base_model.model.{site.path}.ln_tuning_layers.{site.parameter}"
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
-        modules = (path for path, _ in index.model.named_modules())
-        return {"target_modules": shortest_names({site.path for site in sites}, modules)}
+        norms = {site.path for site in sites}
+        return peft_targets([site for site in index.sites if site.path in norms], index)
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> list[Method]:
-        return [cls(**targets_from_peft(config), **peft_layers(config))]
+        return [cls(**targets_from_peft(config))]

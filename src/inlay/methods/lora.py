@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from inlay.engine.peft_names import peft_layers, peft_overrides, peft_targets, targets_from_peft
-from inlay.engine.piece import Method, Piece
+from inlay.engine.host import base_class
+from inlay.engine.peft_names import file_paths, overrides_from_peft, peft_pattern, peft_targets, targets_from_peft
+from inlay.engine.piece import Method, Piece, take
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import copies
 from inlay.errors import ConfigError, UnsupportedError
@@ -30,6 +31,10 @@ from inlay.kernels import low_rank
 from inlay.methods._low_rank_init import INITS, initial_factors
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "olora", "pissa", "random"]
+NOT_HERE = ("use_qalora", "alora_invocation_tokens", "layer_replication", "use_bdlora", "arrow_config", "kasa_config",
+            "velora_config", "monteclora_config", "megatron_config")  # fmt: skip
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Inits of peft's that change the base: what such a file holds fits only the changed base, which it does not hold."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,14 +63,17 @@ class LoRA(Method):
     """A bias on B."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or self.r < 1:
-            raise ConfigError(f"{type(self).__name__}(r={self.r!r}): the rank must be a whole number of at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"{type(self).__name__}(dropout={self.dropout!r}): a probability in [0, 1) is needed")
+        name = type(self).__name__
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise ConfigError(f"{name}(r={self.r!r}): the rank must be a whole number of at least 1")
+        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+            raise ConfigError(f"{name}(alpha={self.alpha!r}): a number above 0 is needed, such as 16")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ConfigError(f"{name}(dropout={self.dropout!r}): a probability in [0, 1) is needed")
         if self.init not in INITS:
-            raise ConfigError(f"{type(self).__name__}(init={self.init!r}): choose one of {', '.join(INITS)}")
+            raise ConfigError(f"{name}(init={self.init!r}): choose one of {', '.join(INITS)}")
         if self.bias not in ("none", "all", "lora_only"):
-            raise ConfigError(f"{type(self).__name__}(bias={self.bias!r}): choose one of none, all, lora_only")
+            raise ConfigError(f"{name}(bias={self.bias!r}): choose one of none, all, lora_only")
 
     @property
     def scale(self) -> float:
@@ -83,51 +91,76 @@ class LoRA(Method):
             made += copies(site for site in biases if self.bias == "all" or site.path in adapted)
         return made
 
-    def file_key(self, site: Site, name: str) -> str:
-        return f"base_model.model.{site.name}" if not name else super().file_key(site, name)
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def export(self, pieces: Sequence[tuple[Site, Piece]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {key: tensor for _, named in self._keyed(pieces) for key, (_, tensor) in named.items()}, {}
+
+    def import_(self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
+        for piece, named in self._keyed(pieces):
+            piece.load_file_tensors({name: take(tensors, key, own.shape) for key, (name, own) in named.items()})
+
+    def _keyed(self, pieces: Sequence[tuple[Site, Piece]]) -> Iterator[tuple[Piece, dict[str, tuple[str, Tensor]]]]:
+        """Each piece with its tensors by their keys in the file."""
+        for path, (site, piece) in zip(file_paths(pieces), pieces, strict=True):
+            named = piece.file_tensors().items()
+            yield piece, {f"base_model.model.{path}.{name or site.parameter}": (name, own) for name, own in named}
+
+    def peft_rank_and_alpha(self) -> tuple[int, float]:
+        """r and alpha as the file has them: factors of W take twice the rank there, at the same scale."""
+        if self.init not in ("olora", "pissa"):
+            return self.r, self.alpha
+        return 2 * self.r, self.alpha * (math.sqrt(2) if self.rank_stabilised else 2)
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
-        rank_pattern, alpha_pattern = peft_overrides(self, sites, "r"), peft_overrides(self, sites, "alpha")
-        doubled = 2 if self.init in ("olora", "pissa") else 1
-        # Factors of W are exported with their starting product as a second half: twice the rank, the same scale.
-        alpha = math.sqrt(doubled) if self.rank_stabilised else doubled
+        sites = [site for site in sites if site.parameter != "bias"]
+        here = {site: self.at(site) for site in sites}
+        if any(one.rank_stabilised != self.rank_stabilised for one in here.values()):
+            raise UnsupportedError("HF peft has one use_rslora for all places")
+        if any(site.kind == "conv" and not peft_can_convolve(site.module) for site in sites):
+            raise UnsupportedError("HF peft ignores the dilation and the padding mode of convolutions")
+        r, alpha = self.peft_rank_and_alpha()
+        stored = {site: one.peft_rank_and_alpha() for site, one in here.items()}
         return {
             **peft_targets(sites, index),
-            "r": self.r * doubled,
-            "lora_alpha": self.alpha * alpha,
+            "r": r,
+            "lora_alpha": alpha,
             "lora_dropout": self.dropout,
             "use_rslora": self.rank_stabilised,
-            "init_lora_weights": {"gaussian": "gaussian", "orthogonal": "orthogonal"}.get(self.init, True),
+            "init_lora_weights": self.init if self.init in ("gaussian", "orthogonal") else True,
             "bias": self.bias,
             "lora_bias": self.lora_bias,
             "fan_in_fan_out": any(site.kind == "linear" and site.transposed for site in sites),
-            "rank_pattern": {name: rank * doubled for name, rank in rank_pattern.items()},
-            "alpha_pattern": {name: value * alpha for name, value in alpha_pattern.items()},
+            "rank_pattern": peft_pattern({site: values[0] for site, values in stored.items()}, r),
+            "alpha_pattern": peft_pattern({site: values[1] for site, values in stored.items()}, alpha),
         }
 
     @classmethod
     def fields_from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of this dataclass that a peft LoraConfig gives. Raises UnsupportedError for what is not here."""
-        for field in ("use_qalora", "alora_invocation_tokens", "layer_replication", "use_bdlora", "arrow_config",
-                      "kasa_config", "velora_config", "monteclora_config", "megatron_config"):
+        for field in NOT_HERE:
             if config.get(field):
                 raise UnsupportedError(f"this LoRA adapter uses {field}, which Inlay does not have")
-        patterns: dict[str, dict[str, Any]] = {}
-        for ours, theirs in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
-            for name, value in (config.get(theirs) or {}).items():
-                patterns.setdefault(f"re:(.*\\.)?({name})", {})[ours] = value
         init = config.get("init_lora_weights", True)
+        if str(init).lower().startswith(CHANGES_BASE):
+            raise UnsupportedError(
+                f"this LoRA adapter was saved by HF peft with init_lora_weights={init!r}, which also changed the base; "
+                "save it there with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+            )
+        dropout = config.get("lora_dropout", 0.0)
+        overrides = overrides_from_peft(config, {"r": "rank_pattern", "alpha": "alpha_pattern"})
+        if dropout:  # which peft leaves out, without a word, inside nn.MultiheadAttention
+            overrides[r"re:(?:.*\.)?(?:in_proj_weight|out_proj\.weight)"] = {"dropout": 0.0}
         return {
             **targets_from_peft(config),
-            **peft_layers(config),
             "r": config.get("r", 8),
             "alpha": config.get("lora_alpha", 8),
-            "dropout": config.get("lora_dropout", 0.0),
+            "dropout": dropout,
             "rank_stabilised": config.get("use_rslora", False),
             "init": init if init in ("gaussian", "orthogonal") else "kaiming",
             "bias": config.get("bias", "none"),
             "lora_bias": config.get("lora_bias", False),
-            "overrides": patterns,
+            "overrides": overrides,
         }
 
     @classmethod
@@ -139,6 +172,11 @@ class LoRA(Method):
         return [cls(**cls.fields_from_peft(config))]
 
 
+def peft_can_convolve(module: nn.Module) -> bool:
+    """Whether peft's A, which copies only kernel, stride and padding, convolves as this module does."""
+    return set(module.dilation) == {1} and module.padding_mode == "zeros"  # type: ignore[arg-type]
+
+
 class LoRAPiece(Piece):
     """A and B at one site. On a bare parameter it reads as W + s·BA; elsewhere it runs beside the host's call."""
 
@@ -148,12 +186,9 @@ class LoRAPiece(Piece):
         self.dropout = method.dropout
         self.kind = site.kind
         self.shape = site.weight.shape
+        self.groups = int(getattr(site.module, "groups", 1)) if site.kind == "conv" else 1
         self.input_last = not (site.kind == "parameter" and site.transposed)
-        if site.kind == "parameter" and method.dropout:
-            raise UnsupportedError(
-                f"LoRA(dropout={method.dropout}) cannot sit at {site.name}: a bare parameter has no input to drop; "
-                "use dropout=0, or an override for this place"
-            )
+        _refuse(method, site)
         a, b, keep = initial_factors(method.r, method.init, site, method.scale)
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(b)
@@ -163,15 +198,18 @@ class LoRAPiece(Piece):
 
     def forward(self, inner: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = inner(x, *args, **kwargs)
+        return y + (self.scale * self.change(inner.module, x)).to(y.dtype)
+
+    def change(self, host: nn.Module, x: Tensor) -> Tensor:
+        """(B A − B₀ A₀) x, in the form that the host computes, with dropout on x."""
         if self.dropout and self.training and self.kind != "embedding":
             x = F.dropout(x, self.dropout)
-        change = self.change(inner.module, x, self.lora_A, self.lora_B, self.lora_bias)
+        change = self._product(host, x, self.lora_A, self.lora_B, self.lora_bias)
         if self.start_A is not None:
-            change = change - self.change(inner.module, x, self.start_A, self.start_B)
-        return y + (self.scale * change).to(y.dtype)
+            change = change - self._product(host, x, self.start_A, self.start_B)
+        return change
 
-    def change(self, host: nn.Module, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-        """B (A x), in the form that the host computes."""
+    def _product(self, host: nn.Module, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.kind == "embedding":
             return low_rank.embedding(x, a, b, cast("nn.Embedding", host))
         if self.kind == "conv":
@@ -180,10 +218,16 @@ class LoRAPiece(Piece):
 
     def delta(self) -> Tensor:
         """s · (B A − B₀ A₀), in the shape and orientation of the weight."""
+        if not self.mergeable:
+            raise UnsupportedError("this LoRA reads all channels of a grouped convolution, which no grouped weight can do")
         change = low_rank.delta(self.lora_A, self.lora_B, self.shape, input_last=self.input_last)
         if self.start_A is not None:
             change = change - low_rank.delta(self.start_A, self.start_B, self.shape)
         return self.scale * (change.T if self.kind == "embedding" else change)
+
+    @property
+    def mergeable(self) -> bool:
+        return self.groups == 1 or self.lora_A.shape[1] == self.shape[1]
 
     def weight(self, weight: Tensor) -> Tensor:
         return weight + self.delta()
@@ -199,17 +243,42 @@ class LoRAPiece(Piece):
         if self.start_A is not None:
             # [A; A₀] and [B, −B₀]: the same change as a plain LoRA of twice the rank, which any reader can use.
             a, b = torch.cat([a, self.start_A]), torch.cat([b, -self.start_B], dim=1)
+        if self.groups > 1 and self.mergeable:
+            a = low_rank.spread_groups(a, self.groups)
         tensors = {names[0]: a, names[1]: b}
         return tensors if self.lora_bias is None else tensors | {"lora_B.bias": self.lora_bias}
 
     def load_file_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         a, b, *bias = tensors.values()
+        if self.groups > 1:
+            grouped = low_rank.gather_groups(a, self.groups)
+            a = a if grouped is None else grouped
+            if a.shape != self.lora_A.shape:
+                self.lora_A = nn.Parameter(self.lora_A.new_empty(a.shape))
         with torch.no_grad():
             r = self.lora_A.shape[0]
             self.lora_A.copy_(a[:r])
             self.lora_B.copy_(b[:, : self.lora_B.shape[1]])
             if self.start_A is not None:
                 self.start_A.copy_(a[r:])
-                self.start_B.copy_(-b[:, r:])
+                self.start_B.copy_(-b[:, self.lora_B.shape[1] :])
             if self.lora_bias is not None:
                 self.lora_bias.copy_(bias[0])
+
+
+def _refuse(method: LoRA, site: Site) -> None:
+    """Raise UnsupportedError for fields that would have no effect at this site, or a wrong one."""
+    if site.kind == "parameter" and method.dropout:
+        raise UnsupportedError(
+            f"LoRA(dropout={method.dropout}) cannot sit at {site.name}: a bare parameter has no input to drop; "
+            "use dropout=0, or an override for this place"
+        )
+    if method.lora_bias and site.kind in ("parameter", "embedding"):
+        raise UnsupportedError(f"LoRA(lora_bias=True) cannot sit at {site.name}, a {site.kind}, which has no bias: exclude it")
+    if site.kind == "embedding":
+        host = base_class(type(site.module))
+        if host.forward is not nn.Embedding.forward and not hasattr(site.module, "embed_scale"):
+            raise UnsupportedError(
+                f"LoRA cannot sit at {site.name}: {host.__name__} looks its rows up in a way of its own; exclude it, or "
+                "train it whole with modules_to_save"
+            )

@@ -3,7 +3,7 @@
     E'[i] = v_i   for the chosen ids i,        E'[i] = E[i]   for all others
 
 v starts as the rows themselves. Where the output head is tied to the embedding, its logits for the chosen ids follow:
-z_i = v_i · h. Neither place ever forms a second table: the embedding swaps the looked-up rows, the head adds (v_i − E_i) · h.
+z_i = v_i · h. No second table is formed: the embedding swaps the rows looked up, the head adds (v_i − E_i) · h.
 
 Parameters: ids · width, once for tied places.
 """
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.engine.adapters import Adapter, find_adapters
@@ -60,9 +60,8 @@ class TrainableTokens(Method):
         for site in sites:
             rows = TokenRows(self, site)
             made.append((site, rows))
-            for other in everywhere:
-                if other.path != site.path and other.module._parameters.get("weight") is site.weight:
-                    made.append((other, TokenRows(self, other, rows)))
+            tied = (s for s in everywhere if s.path != site.path and s.module._parameters.get("weight") is site.weight)
+            made += [(other, TokenRows(self, other, rows)) for other in tied]
         return made
 
     def on_attach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
@@ -126,10 +125,11 @@ class TokenRows(Piece):
         ids = torch.tensor(list(method.token_indices), device=weight.device)
         if int(max(method.token_indices)) >= weight.shape[0]:
             raise ConfigError(
-                f"TrainableTokens: there is no token {max(method.token_indices)} in {site.name}, which has {weight.shape[0]} "
-                "rows; resize the embedding before attaching"
+                f"TrainableTokens: there is no token {max(method.token_indices)} in {site.name}, which has "
+                f"{weight.shape[0]} rows; resize the embedding before attaching"
             )
-        self.value = tied_to.value if tied_to else nn.Parameter(weight[ids].to(trainable_dtype(weight.dtype)))
+        rows = tied_to.value if tied_to else nn.Parameter(weight[ids].to(trainable_dtype(weight.dtype)))
+        self.value: nn.Parameter = rows
         self.register_buffer("token_indices", ids, persistent=False)
         self.register_buffer("order", ids.argsort(), persistent=False)
         if site.kind == "embedding":
@@ -166,4 +166,5 @@ def _check_lookup(site: Site) -> None:
     plain = base_class(type(module)).forward is nn.Embedding.forward
     if module.max_norm is not None or not (plain or hasattr(module, "embed_scale")):
         reason = "renormalises its table (max_norm)" if module.max_norm is not None else "has a forward of its own"
-        raise UnsupportedError(f"TrainableTokens cannot sit at {site.name}: {type(module).__name__} {reason}; use LoRA there")
+        name = f"{site.name}: {type(module).__name__} {reason}"
+        raise UnsupportedError(f"TrainableTokens cannot sit at {name}; use LoRA there")

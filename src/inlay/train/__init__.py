@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from inlay.train.run import Data, Run
 
 if TYPE_CHECKING:
+    from inlay.train.checking import check
     from inlay.train.conversion import convert
     from inlay.train.demo import quickstart
-    from inlay.train.inspect import check, methods, show
+    from inlay.train.inspect import methods, show
     from inlay.train.record import Record
     from inlay.train.training import Interrupted, train
     from inlay.train.use import evaluate, merge, predict
@@ -24,7 +25,7 @@ _PLACES = {
     "evaluate": "use",
     "predict": "use",
     "merge": "use",
-    "check": "inspect",
+    "check": "checking",
     "show": "inspect",
     "methods": "inspect",
     "convert": "conversion",

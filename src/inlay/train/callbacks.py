@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from inlay.engine.controller import Controller
 from inlay.train.files import disk_full, write_text
+from inlay.train.record import duration
 
 
 class Controllers(TrainerCallback):
@@ -54,8 +55,11 @@ class Curve(TrainerCallback):
         self.path = path
         self.step_loss = 0.0
         self.lines = [line for line in read_curve(path) if line["step"] <= resumed_at] if resumed_at else []
-        write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.learning_rate = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
@@ -187,13 +191,3 @@ class Progress(TrainerCallback):
             self.bar.write(text, file=self.stream)
         else:
             print(text, file=self.stream, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """`42s`, `3m10s`, `2h05m`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -15,8 +15,7 @@ from inlay.engine.files import WEIGHTS
 from inlay.errors import DataError, MissingExtraError
 from inlay.tasks.data import read_splits
 from inlay.tasks.loading import quiet
-from inlay.train.callbacks import duration
-from inlay.train.record import Record
+from inlay.train.record import Record, duration
 from inlay.train.run import Data, Run
 from inlay.train.training import train
 from inlay.train.use import predict
@@ -115,7 +114,7 @@ def _report(record: Record, frozen: float, test: Dataset) -> None:
     some = test.select(range(0, len(test), max(1, len(test) // SHOWN))).select(range(SHOWN))
     for row, found in zip(some, predict(record.out, some), strict=True):
         mark = "right" if found["label"] == str(row["label"]) else f"wrong: {row['label']}"
-        print(f"  {found["label"]:<12} ({mark})  {row['text'][:90]}")
+        print(f"  {found['label']:<12} ({mark})  {row['text'][:90]}")
     out, data = record.out, demonstration_data()
     print(f"\nEverything is in {Path(out).resolve()} (start with README.md). Try next:\n")
     print(f"  inlay predict {out} --data {data / 'test.jsonl'} --out predictions.jsonl")

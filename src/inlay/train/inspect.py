@@ -1,4 +1,4 @@
-"""Looking without training: `check` a run, `show` a model's places or an adapter folder, list the `methods`."""
+"""Looking at what there is: `show` a model's places or an adapter folder, list the `methods`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,13 @@ import transformers
 from torch import nn
 
 from inlay.engine import files
-from inlay.engine.adapters import adapters_of, attach
 from inlay.engine.checkpoint import read_methods
 from inlay.engine.registry import all_methods, method_class
 from inlay.engine.sites import SiteIndex
-from inlay.engine.summary import summary
 from inlay.engine.trained_copy import ModulesToSave
 from inlay.errors import ConfigError
 from inlay.tasks.loading import quiet
-from inlay.train.prepare import prepare
-from inlay.train.record import RECORD_FILE, Record
-from inlay.train.run import Run
-
-LOOKED_AT = 8
-"""Rows that `check` turns into features."""
+from inlay.train.record import ADAPTER, RECORD_FILE, Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,61 +34,6 @@ class Places:
     roles: tuple[str, ...]
     shape: tuple[int, ...]
     """Of the parameter; empty for plain modules."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """What a run would do."""
-
-    run: Run
-    """With every default written out."""
-    task: str
-    """How the task understood the data: columns, labels."""
-    rows: Mapping[str, int]
-    tokens: tuple[int, ...]
-    """Lengths of the first rows, in tokens."""
-    matched: Mapping[str, tuple[str, ...]]
-    """By method, the places it would sit in, blocks folded together."""
-    steps: int
-    """Optimiser steps that the run would take."""
-    trainable_parameters: int
-    total_parameters: int
-
-
-def check(run: Run) -> Check:
-    """Resolve a run completely, read its first rows and set the method into the model; train nothing, write nothing.
-
-    Raises whatever `train` would raise before its first step.
-    """
-    ready = prepare(run)
-    attach(ready.model, ready.methods, modules_to_save=run.modules_to_save)
-    first = ready.splits["train"].select(range(min(LOOKED_AT, len(ready.splits["train"]))))
-    features = list(ready.task.features(first, ready.tokenizer, train=True))
-    ready.task.collator(ready.tokenizer, ready.model)([dict(feature) for feature in features])
-    adapter = adapters_of(ready.model).get("default")
-    matched: dict[str, tuple[str, ...]] = {}
-    for method, placed in zip(adapter.methods, adapter.placed, strict=True):
-        names = dict.fromkeys(site.name or "(the model)" for site, _ in placed)
-        matched[method.kind] = tuple(f"{pattern}" for pattern, _ in folded(names))
-    counts = summary(ready.model)
-    return Check(
-        run=ready.run,
-        task=str(ready.task.describe()),
-        rows={split: len(rows) for split, rows in ready.splits.items()},
-        tokens=tuple(len(feature["input_ids"]) for feature in features if "input_ids" in feature),
-        matched=matched,
-        steps=steps_of(ready.run, len(ready.splits["train"])),
-        trainable_parameters=counts.trainable_parameters,
-        total_parameters=counts.total_parameters,
-    )
-
-
-def steps_of(run: Run, rows: int) -> int:
-    """Optimiser steps of a resolved run on one device."""
-    if (most := run.train.get("max_steps", -1)) > 0:
-        return int(most)
-    batch = run.train["per_device_train_batch_size"] * run.train.get("gradient_accumulation_steps", 1)
-    return int(-(-rows // batch) * run.train["num_train_epochs"])
 
 
 def folded(names: Iterable[str]) -> list[tuple[str, list[str]]]:
@@ -148,8 +86,8 @@ class AdapterFolder:
 def show(place: str | Path) -> AdapterFolder | list[Places]:
     """An adapter (or run) folder's contents, or a model's places and roles. A model's weights are not read."""
     folder = Path(place)
-    run = folder if (folder / "adapter" / files.CONFIG).is_file() else folder.parent
-    for candidate in (folder, folder / "adapter"):
+    run = folder if (folder / ADAPTER / files.CONFIG).is_file() else folder.parent
+    for candidate in (folder, folder / ADAPTER):
         if (candidate / files.CONFIG).is_file() or any((candidate / name).exists() for name in files.PICKLES):
             return _show_adapter(candidate, Record.read(run) if (run / RECORD_FILE).is_file() else None)
     return places(skeleton(str(place)))

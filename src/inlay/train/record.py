@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from inlay.errors import CheckpointError
-from inlay.train.callbacks import duration
 from inlay.train.files import write_json
 from inlay.train.run import Run
 
-RECORD_FILE = "record.json"
+RUN_FILE, TASK_FILE, CURVE_FILE, CHART_FILE = "run.yaml", "task.json", "metrics.jsonl", "loss.svg"
+RECORD_FILE, CARD_FILE, ADAPTER, CHECKPOINTS = "record.json", "README.md", "adapter", "checkpoints"
+LEFT_BY_A_RUN = (RUN_FILE, TASK_FILE, CURVE_FILE, CHART_FILE, RECORD_FILE, CARD_FILE, ADAPTER, CHECKPOINTS)
+"""Everything in a run's folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,21 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+def duration(seconds: float) -> str:
+    """`42s`, `3m10s`, `2h05m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def measured(figures: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among a task's metrics."""
+    return {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
 
 
 def model_card(record: Record, run: Run, summary: str) -> str:

@@ -62,6 +62,7 @@ class Trainer(transformers.Trainer):
             model=model,
             args=args,
             train_dataset=Numbered(features),
+            eval_dataset=Numbered(()) if evaluate_with is not None else None,  # never read: see `evaluate`
             data_collator=collate,
             callbacks=[Controllers(controllers(model), saved.get("controllers")), curve, collate.epochs, *callbacks],
         )

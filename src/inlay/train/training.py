@@ -18,12 +18,25 @@ from inlay.train.chart import loss_chart
 from inlay.train.checkpoints import checkpoints, last_checkpoint, recover, step_of
 from inlay.train.files import MARKER, folder_bytes, staged, write_json, write_text
 from inlay.train.prepare import Prepared, prepare, same_run
-from inlay.train.record import RECORD_FILE, Record, device_name, model_card, peak_memory_bytes, versions
+from inlay.train.record import (
+    ADAPTER,
+    CARD_FILE,
+    CHART_FILE,
+    CHECKPOINTS,
+    CURVE_FILE,
+    LEFT_BY_A_RUN,
+    RECORD_FILE,
+    RUN_FILE,
+    TASK_FILE,
+    Record,
+    device_name,
+    measured,
+    model_card,
+    peak_memory_bytes,
+    versions,
+)  # fmt: skip
 from inlay.train.run import Run
 from inlay.train.trainer import BEST_FILE, Trainer, read_best
-
-RUN_FILE, TASK_FILE, CURVE_FILE, CHART_FILE = "run.yaml", "task.json", "metrics.jsonl", "loss.svg"
-LEFT_BY_A_RUN = (RUN_FILE, TASK_FILE, CURVE_FILE, CHART_FILE, RECORD_FILE, "README.md", "adapter", "checkpoints")
 
 
 class Interrupted(TrainingError):
@@ -44,15 +57,15 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
     else:
         clear(out, overwrite)
     ready = prepare(run)
-    checkpoint = last_checkpoint(out / "checkpoints") if resume else None
+    checkpoint = last_checkpoint(out / CHECKPOINTS) if resume else None
     if checkpoint is not None:
         load(ready.model, checkpoint, trainable=True)
     else:
         attach(ready.model, ready.methods, modules_to_save=ready.run.modules_to_save)
-        write_text(out / RUN_FILE, ready.run.to_yaml())
-        write_json(out / TASK_FILE, ready.task.to_dict())
     counts = summary(ready.model)
     trainer, stop = make_trainer(ready, out, checkpoint, progress)
+    write_text(out / RUN_FILE, ready.run.to_yaml())
+    write_json(out / TASK_FILE, ready.task.to_dict())
     fit(trainer, stop, out)
     best = finish(ready, trainer, out)
     record = Record(
@@ -63,7 +76,7 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
         primary_metric=ready.task.primary_metric[0],
         trainable_parameters=counts.trainable_parameters,
         total_parameters=counts.total_parameters,
-        adapter_bytes=folder_bytes(out / "adapter"),
+        adapter_bytes=folder_bytes(out / ADAPTER),
         seconds=round(trainer.seconds, 3),
         peak_memory_bytes=peak_memory_bytes(),
         steps=trainer.state.global_step,
@@ -76,7 +89,7 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
     )
     name = record.primary_metric
     write_text(out / CHART_FILE, loss_chart(trainer.curve.lines, name, f"{out.name}: loss and {name}"))
-    write_text(out / "README.md", model_card(record, ready.run, str(summary(ready.model))))
+    write_text(out / CARD_FILE, model_card(record, ready.run, str(summary(ready.model))))
     record.write()
     return record
 
@@ -85,7 +98,7 @@ def clear(out: Path, overwrite: bool) -> None:
     """Make sure that a new run does not mix with an old one. Raises ConfigError when one is there."""
     there = [name for name in LEFT_BY_A_RUN if (out / name).exists()]
     if there and not overwrite:
-        begun = not (out / RECORD_FILE).exists() and checkpoints(out / "checkpoints")
+        begun = not (out / RECORD_FILE).exists() and checkpoints(out / CHECKPOINTS)
         go_on = ", or --resume to go on with it" if begun else ""
         raise ConfigError(
             f"{out} already holds a run ({', '.join(there)}): choose another --out, --overwrite to replace it{go_on}"
@@ -111,8 +124,8 @@ def resumed_run(given: Run, out: Path) -> Run:
 def make_trainer(ready: Prepared, out: Path, checkpoint: Path | None, progress: bool) -> tuple[Trainer, Stop]:
     """The trainer of a prepared run, whose model has its adapter."""
     task, tokenizer, model = ready.task, ready.tokenizer, ready.model
-    args = arguments.training_arguments(ready.run, out / "checkpoints", task.primary_metric)
-    recover(out / "checkpoints")
+    args = arguments.training_arguments(ready.run, out / CHECKPOINTS, task.primary_metric)
+    recover(out / CHECKPOINTS)
     curve, stop = Curve(out / CURVE_FILE, step_of(checkpoint) if checkpoint is not None else 0), Stop()
 
     def evaluate(model: Any) -> Mapping[str, float]:
@@ -156,7 +169,7 @@ def fit(trainer: Trainer, stop: Stop, out: Path) -> None:
 def finish(ready: Prepared, trainer: Trainer, out: Path) -> int:
     """Put the best adapter, or the last where nothing chose, into `out/adapter`; returns the step it is from."""
     best = read_best(trainer.folder)
-    with staged(out / "adapter", "saving the adapter to") as folder:
+    with staged(out / ADAPTER, "saving the adapter to") as folder:
         if best is None:
             save(ready.model, folder)
         else:
@@ -170,15 +183,10 @@ def finish(ready: Prepared, trainer: Trainer, out: Path) -> int:
 def measure(ready: Prepared, trainer: Trainer, out: Path) -> dict[str, dict[str, float]]:
     """The metrics of the adapter as it was saved: it is read back first, so a number here is a number of the file."""
     detach(ready.model)
-    load(ready.model, out / "adapter")
+    load(ready.model, out / ADAPTER)
     size = trainer.args.per_device_eval_batch_size
     return {
         split: measured(ready.task.evaluate(ready.model, ready.tokenizer, ready.splits[split], batch_size=size))
         for split in ("validation", "test")
         if split in ready.splits
     }
-
-
-def measured(figures: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among a task's metrics."""
-    return {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}

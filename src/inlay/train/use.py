@@ -20,8 +20,8 @@ from inlay.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from inlay.tasks.data import read_splits
 from inlay.tasks.task import Task
 from inlay.train.files import staged, write_text
+from inlay.train.record import ADAPTER, RUN_FILE, TASK_FILE, measured
 from inlay.train.run import Run
-from inlay.train.training import RUN_FILE, TASK_FILE, measured
 
 PROBE = (
     "The train to the coast leaves at seven.",
@@ -49,7 +49,7 @@ class Loaded:
 def open_run(folder: str | Path) -> Loaded:
     """Base model with adapter, task and tokenizer of a run. CheckpointError when the folder holds no whole run."""
     folder = Path(folder)
-    if folder.name == "adapter" and not (folder / RUN_FILE).exists() and (folder.parent / RUN_FILE).exists():
+    if folder.name == ADAPTER and not (folder / RUN_FILE).exists() and (folder.parent / RUN_FILE).exists():
         folder = folder.parent
     if not (folder / RUN_FILE).is_file() or not (folder / TASK_FILE).is_file():
         names = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
@@ -59,7 +59,7 @@ def open_run(folder: str | Path) -> Loaded:
         raise CheckpointError(
             f"{folder} is not the folder of a run ({found}); give the folder that `inlay train --out` made"
         )
-    if not (folder / "adapter").is_dir():
+    if not (folder / ADAPTER).is_dir():
         raise CheckpointError(f"the run in {folder} has not ended: go on with inlay train --resume --out {folder}")
     run = Run.from_yaml(folder / RUN_FILE)
     try:
@@ -67,7 +67,7 @@ def open_run(folder: str | Path) -> Loaded:
     except ValueError as error:
         raise CheckpointError(f"{folder / TASK_FILE} is damaged: {error}") from error
     model = task.load_model(run.model, **({} if run.dtype == "auto" else {"dtype": run.dtype}))
-    load(model, folder / "adapter")
+    load(model, folder / ADAPTER)
     if torch.cuda.is_available():
         model.to("cuda")
     return Loaded(run, task, task.load_tokenizer(run.model), model.eval())

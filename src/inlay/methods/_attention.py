@@ -1,0 +1,313 @@
+"""Prefixes through transformers' attention interface: keys and values that every token of a layer sees.
+
+A transformers attention module ends in `interface(module, query, key, value, mask, **kwargs)`, where `interface` is chosen
+by the name in its config. While a prefix is attached that name is `inlay|sdpa|<modelling file>`: the same function,
+except that it first puts before keys and values what the `PrefixAttention` piece on the module sent along in `kwargs`.
+So nothing is remembered between calls, the cache holds the text alone, and recomputing a layer computes the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.engine.host import CHILD, base_class
+from inlay.engine.piece import Piece
+from inlay.errors import ConfigError, UnsupportedError
+from inlay.methods._prompts import named, parameters_of, position_table
+
+if TYPE_CHECKING:
+    from inlay.engine.sites import Site, SiteIndex
+
+MARK = "inlay|"
+ARGUMENT = "inlay_prefixes"
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+SUPPORTED = ("eager", "sdpa")
+
+
+class Shown:
+    """One prefix on its way from its piece to the attention function: key (1, heads, n, d_k), value (1, heads, n, d_v),
+    and the position bias of its columns (1, heads, queries, n) where the model has one."""
+
+    def __init__(self, key: Tensor, value: Tensor, bias: Tensor | None) -> None:
+        self.key = key
+        self.value = value
+        self.bias = bias
+        self.used = False
+
+
+class PrefixAttention(Piece):
+    """On a self-attention: softmax(q [K_p; K]ᵀ + mask) [V_p; V], where `source()` gives (n, heads · (d_k + d_v))."""
+
+    def __init__(self, source: nn.Module, length: int, shape: tuple[int, int, int], config: Any, bias: nn.Module | None) -> None:
+        super().__init__()
+        self.source = source
+        self.length = length
+        self.shape = shape
+        self.config = config
+        # A tuple hides the base's module from registration: the first layer of a T5 stack computes all position biases.
+        self.bias_of = (bias,)
+
+    def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        implementation = str(self.config._attn_implementation)
+        if not implementation.startswith(MARK):
+            raise UnsupportedError(
+                f"the attention implementation was set to {implementation!r} after a prefix was attached, which would leave "
+                "the prefix out: call model.set_attn_implementation before inlay.attach or inlay.load"
+            )
+        heads, key_size, value_size = self.shape
+        keys, values = self.source().split((heads * key_size, heads * value_size), dim=-1)
+        shown = Shown(
+            keys.view(1, self.length, heads, key_size).transpose(1, 2),
+            values.view(1, self.length, heads, value_size).transpose(1, 2),
+            self.position_bias(args, kwargs),
+        )
+        output = inner(*args, **{**kwargs, ARGUMENT: (shown, *kwargs.get(ARGUMENT, ()))})
+        if not shown.used:
+            raise UnsupportedError("this attention did not hand its arguments on to its attention function: use prompt tuning")
+        return output
+
+    def position_bias(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Relative position bias between the queries and the prefix, which stands right before the text (T5)."""
+        layer: Any = self.bias_of[0]
+        if layer is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length(layer.layer_idx) if cache is not None else 0
+        past = past.clone() if isinstance(past, Tensor) else past
+        bias: Tensor = layer.compute_bias(hidden.shape[1], self.length, hidden.device, past + self.length)
+        return bias
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register(str(self.config._attn_implementation))
+
+
+class PositionShift(Piece):
+    """On whatever turns positions into vectors: the text's positions begin after the prefix."""
+
+    def __init__(self, length: int, parameters: tuple[str, ...], positions: int | None, start: int) -> None:
+        super().__init__()
+        self.length = length
+        self.parameters_of_host = parameters
+        self.positions = positions
+        self.start = start
+
+    def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = named(self.parameters_of_host, args, kwargs)
+        first = next(iter(call))
+        if call.get("position_ids") is not None:
+            first = "position_ids"
+        elif "past_key_values_length" in self.parameters_of_host:
+            call["past_key_values_length"] = call.get("past_key_values_length", 0) + self.length
+            return inner(**call)
+        # What lies before the first position is no position: some models give it to padding.
+        call[first] = call[first] + self.length * (call[first] >= self.start)
+        if self.positions is not None and call[first].shape[-1] + self.length > self.positions:
+            raise ConfigError(
+                f"a prefix of {self.length} and a text of {call[first].shape[-1]} tokens need more than the {self.positions} "
+                f"positions that the model has: shorten the texts to {self.positions - self.length} tokens (max_length), or "
+                "set shift_positions=False"
+            )
+        return inner(**call)
+
+
+# -- the attention function --------------------------------------------------------------------------------------------
+
+
+def with_prefix(original: Callable[..., Any], fills_in_causality: bool) -> Callable[..., Any]:
+    """`original` over the prefixes in `inlay_prefixes` and the keys and values it is given; without any, `original`.
+
+    A missing mask means "causal" to functions that `fill_in_causality`: the same is then said by a mask.
+    """
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        inlay_prefixes: tuple[Shown, ...] = (),
+        **kwargs: Any,
+    ) -> Any:
+        for shown in reversed(inlay_prefixes):
+            if attention_mask is None and fills_in_causality and query.shape[2] > 1 and is_causal(module, kwargs):
+                ones = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+                attention_mask = ones.tril()[None, None]
+            batch = key.shape[0]
+            key = torch.cat((shown.key.to(key.dtype).expand(batch, -1, -1, -1), key), dim=2)
+            value = torch.cat((shown.value.to(value.dtype).expand(batch, -1, -1, -1), value), dim=2)
+            if attention_mask is not None:
+                seen = attention_mask.new_full((), 1 if attention_mask.dtype == torch.bool else 0)
+                seen = seen.expand(*attention_mask.shape[:-1], shown.key.shape[2])
+                attention_mask = torch.cat((seen, attention_mask), dim=-1)
+            if kwargs.get("position_bias") is not None:
+                kwargs["position_bias"] = bias_before(kwargs["position_bias"], shown)
+            shown.used = True
+        return original(module, query, key, value, attention_mask, *args, **kwargs)
+
+    return attention
+
+
+def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a call without a mask is causal, as transformers' own functions decide it."""
+    given = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True)) if given is None else bool(given)
+
+
+def bias_before(position_bias: Tensor, shown: Shown) -> Tensor:
+    """The position bias of the keys, with that of the prefix before it."""
+    count = shown.key.shape[2]
+    if shown.bias is None:
+        bias = position_bias.new_zeros(()).expand(*position_bias.shape[:-1], count)
+    else:
+        bias = shown.bias.to(position_bias.dtype).expand(*position_bias.shape[:-1], count)
+    return torch.cat((bias, position_bias), dim=-1)
+
+
+def register(implementation: str) -> None:
+    """Make the name `inlay|<implementation>|<modelling file>` known to transformers, in this process."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if not implementation.startswith(MARK) or implementation in ALL_ATTENTION_FUNCTIONS:
+        return
+    _, kind, file = implementation.split("|", 2)
+    modelling = importlib.import_module(file)
+    original = getattr(modelling, INTERFACE).get_interface(kind, getattr(modelling, "eager_attention_forward", None))
+    type(ALL_ATTENTION_FUNCTIONS).register(implementation, with_prefix(original, fills_in_causality=kind == "sdpa"))
+    type(ALL_MASK_ATTENTION_FUNCTIONS).register(implementation, ALL_MASK_ATTENTION_FUNCTIONS[kind])
+
+
+def switch_on(pieces: Iterable[PrefixAttention], sites: Iterable[Site]) -> None:
+    """Let the configs of these attentions name our functions."""
+    for piece, site in zip(pieces, sites, strict=True):
+        current = str(piece.config._attn_implementation)
+        if not current.startswith(MARK):
+            implementation = f"{MARK}{current}|{modelling_file(site.module)}"
+            register(implementation)
+            piece.config._attn_implementation_internal = implementation
+
+
+def switch_off(model: nn.Module, leaving: Iterable[PrefixAttention]) -> None:
+    """Give back the names, of the configs that no staying prefix needs."""
+    gone = list(leaving)
+    staying = {id(m.config) for m in model.modules() if isinstance(m, PrefixAttention) and not any(m is g for g in gone)}
+    for piece in gone:
+        current = str(piece.config._attn_implementation)
+        if current.startswith(MARK) and id(piece.config) not in staying:
+            piece.config._attn_implementation_internal = current.split("|", 2)[1]
+
+
+# -- where -------------------------------------------------------------------------------------------------------------
+
+
+def modelling_file(module: nn.Module) -> str:
+    """The Python module in which an attention's forward was written."""
+    return str(inspect.unwrap(base_class(type(module)).forward).__globals__["__name__"])
+
+
+def uses_interface(module: nn.Module) -> bool:
+    """Whether the module's forward ends in transformers' attention interface and hands on keyword arguments."""
+    function = inspect.unwrap(base_class(type(module)).forward)
+    takes_more = bool(function.__code__.co_flags & inspect.CO_VARKEYWORDS)
+    return INTERFACE in function.__code__.co_names and takes_more and hasattr(module, "config")
+
+
+def check_interface(model: nn.Module, sites: Iterable[Site], what: str) -> None:
+    """Refuse, before anything is changed, attentions that a prefix would not reach."""
+    for site in sites:
+        name, config = type(site.module).__name__, getattr(site.module, "config", None)
+        if not uses_interface(site.module):
+            raise UnsupportedError(
+                f"{what} cannot reach the attention of {type(model).__name__}: {name} does not compute it through "
+                "transformers' attention interface; use prompt tuning or LoRA"
+            )
+        kind = str(config._attn_implementation).removeprefix(MARK).partition("|")[0]  # type: ignore[union-attr]
+        if kind not in SUPPORTED:
+            raise UnsupportedError(
+                f"{what} works with {' and '.join(SUPPORTED)} attention, and {type(model).__name__} uses {kind!r}: call "
+                "model.set_attn_implementation('sdpa') first"
+            )
+        if kind == "eager" and getattr(config, "reorder_and_upcast_attn", False):
+            raise UnsupportedError(f"{what}: eager attention with reorder_and_upcast_attn has its own path in {name}; use 'sdpa'")
+        others = {modelling_file(m) for m in model.modules() if getattr(m, "config", None) is config and _calls_interface(m)}
+        if len(others) > 1:
+            raise UnsupportedError(f"{what}: one config serves attentions of several files ({', '.join(sorted(others))})")
+
+
+def _calls_interface(module: nn.Module) -> bool:
+    function = inspect.unwrap(base_class(type(module)).forward)
+    return INTERFACE in getattr(getattr(function, "__code__", None), "co_names", ())
+
+
+def key_value_shape(site: Site, index: SiteIndex) -> tuple[int, int, int]:
+    """(heads, size of a key, size of a value) of what an attention caches: with grouped queries, the fewer heads."""
+    module: Any = site.module
+    config = module.config
+    if hasattr(module, "qk_head_dim") and hasattr(module, "v_head_dim"):
+        return int(module.num_heads), int(module.qk_head_dim), int(module.v_head_dim)
+    names = ("num_heads", "num_attention_heads", "n_heads")
+    heads = next((getattr(one, name) for one in (module, config) for name in names if getattr(one, name, None)), None)
+    names = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+    size = next((getattr(one, name) for one in (module, config) for name in names if getattr(one, name, None)), None)
+    if heads is None or (size is None and not getattr(config, "hidden_size", None)):
+        raise UnsupportedError(f"cannot tell the number of heads of {site.path} ({type(module).__name__})")
+    size = size or config.hidden_size // heads
+    inside = [one for one in index.sites if one.path.startswith(f"{site.path}.") and one.kind == "linear"]
+    keys = [one for one in inside if "key" in one.roles and not {"qkv", "kv", "query"} & one.roles]
+    if keys:
+        heads = keys[0].out_features // size
+    elif getattr(config, "num_key_value_heads", None):
+        heads = config.num_key_value_heads
+    return int(heads), int(size), int(size)
+
+
+def bias_source(site: Site, model: nn.Module) -> nn.Module | None:
+    """The layer that computes the position biases of this attention's stack, if it has any."""
+    if not hasattr(site.module, "compute_bias"):
+        return None
+    if getattr(site.module, "has_relative_attention_bias", False):
+        return site.module
+    stack = stack_of(site, model)[1]
+    return next(m for m in stack.modules() if getattr(m, "has_relative_attention_bias", False) and uses_interface(m))
+
+
+def stack_of(site: Site, model: nn.Module) -> tuple[str, nn.Module]:
+    """The innermost transformers model around a place: it embeds the positions of the text."""
+    from transformers import PreTrainedModel
+
+    path = site.path
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if isinstance(module, PreTrainedModel):
+            return path, module
+    return "", model
+
+
+def position_modules(model: nn.Module, sites: Iterable[Site]) -> Iterator[tuple[str, nn.Module, int | None, int]]:
+    """(path, module, positions it has, the first) of all that turns the positions of these attentions' texts into vectors."""
+    stacks = dict(stack_of(site, model) for site in sites)
+    for path, stack in stacks.items():
+        if "input_ids" not in parameters_of(stack):  # images and sound have no positions to give way
+            continue
+        positions, start = position_table(stack)
+        for name, module in stack.named_modules(prefix=path):
+            if CHILD in name.split("."):
+                continue
+            if isinstance(module, nn.Embedding) and TABLE.search(name):
+                yield name, module, positions, start
+            elif "Rotary" in type(module).__name__ and "position_ids" in parameters_of(module):
+                yield name, module, None, 0
+
+
+TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")

@@ -1,0 +1,82 @@
+"""Where the keys and values of a prefix come from: a parameter, a small MLP, or (at the start) a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import ConfigError, UnsupportedError
+from inlay.methods._prompt_init import token_encoder
+
+if TYPE_CHECKING:
+    from inlay.engine.sites import Site
+
+
+class Prefix(nn.Module):
+    """The keys and values of one layer as they are: (n, rows)."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.prefix = nn.Parameter(value)
+
+    def forward(self) -> Tensor:
+        return self.prefix
+
+
+class Projection(nn.Module):
+    """What the layers share of a reparametrised prefix: tanh(W_0 E + b_0), (n, m)."""
+
+    def __init__(self, length: int, width: int, size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(length, width))
+        self.hidden = nn.Linear(width, size)
+
+    def forward(self) -> Tensor:
+        return torch.tanh(self.hidden(self.embedding))
+
+
+class ProjectedPrefix(nn.Module):
+    """W_l tanh(W_0 E + b_0) + b_l: (n, rows). One layer's source owns what is shared; a tuple hides it from the others'
+    registration, so that it is saved once and stays shared when the model is copied or pickled."""
+
+    def __init__(self, shared: Projection, size: int, rows: int, owns: bool) -> None:
+        super().__init__()
+        if owns:
+            self.shared = shared
+        self.behind = (shared,)
+        self.out = nn.Linear(size, rows)
+
+    def start_at_zero(self) -> None:
+        """Let the prefix start as zeros."""
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self) -> Tensor:
+        output: Tensor = self.out(self.behind[0]())
+        return output
+
+
+@torch.no_grad()
+def text_prefix(
+    model: Any, sites: Sequence[Site], rows: Sequence[int], length: int, text: str, tokenizer: str | None
+) -> list[Tensor]:
+    """The keys and values that the model itself computes for `text`, layer by layer: each (n, rows)."""
+    if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"init='text' needs a decoder that caches what it read, and {type(model).__name__} is none")
+    ids = token_encoder(model, tokenizer, "text")(text)
+    ids = (ids * -(-length // len(ids)))[:length]
+    training = model.training
+    cache = model.eval()(torch.tensor([ids], device=sites[0].device), use_cache=True).past_key_values
+    model.train(training)
+    values: list[Tensor] = []
+    for site, count in zip(sites, rows, strict=True):
+        layer = cache.layers[site.module.layer_idx]
+        both = [one[0].transpose(0, 1).reshape(-1, one.shape[1] * one.shape[3]) for one in (layer.keys, layer.values)]
+        value = torch.cat(both, dim=-1)
+        if value.shape != (length, count):
+            raise ConfigError(f"init='text': the cache of {site.path} does not hold all {length} tokens; use a shorter prefix")
+        values.append(value.float())
+    return values

@@ -1,0 +1,206 @@
+"""Prefix tuning: trained keys and values that every token attends to, in every layer.
+
+Li, Liang (2021), "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv:2101.00190; as deep prompts for
+understanding: Liu et al. (2022), "P-Tuning v2", arXiv:2110.07602.
+
+    attention(q) = softmax(q [K_p ; K]ᵀ / √d) [V_p ; V]          K_p, V_p: n rows per layer
+    reparametrised:  [K_p ; V_p] = W_l tanh(W_0 E + b_0) + b_l    E: n rows, shared by the layers
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from inlay.engine.piece import Method, Piece, take, trainable_dtype
+from inlay.errors import CheckpointError, ConfigError, UnsupportedError
+from inlay.methods import _attention as attention
+from inlay.methods._prefix_source import Prefix, ProjectedPrefix, Projection, text_prefix
+from inlay.methods._prompts import encoder_of, parameters_of
+
+if TYPE_CHECKING:
+    from inlay.engine.sites import Site, SiteIndex
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixTuning(Method):
+    """n trained keys and values in each self-attention. Parameters: n · Σ over layers of (d_k + d_v) · key-value heads;
+    reparametrised (d: hidden size, m: projection_size): n·d + m(d + 1) + (m + 1) · Σ (d_k + d_v) · key-value heads.
+
+    Works with `generate`, any cache, padding, grouped queries and both gradient checkpointings, on attentions that go
+    through transformers' attention interface ("eager" or "sdpa"). Prefix columns are always visible, in sliding windows
+    too. It is HF peft's PREFIX_TUNING, where that has a place for it.
+    """
+
+    kind = "prefix_tuning"
+    hosts = frozenset({"module"})
+    default_targets = "self_attention"
+    peft_type = "PREFIX_TUNING"
+    paper = "https://arxiv.org/abs/2101.00190"
+
+    num_virtual_tokens: int = 20
+    """n, the rows of the prefix in each layer."""
+    stacks: Literal["decoder", "encoder", "both"] = "decoder"
+    """Of an encoder–decoder: which half has prefixes. No meaning for other models."""
+    projection_size: int | None = None
+    """m, the width of the MLP that the prefix is computed by; None: the prefix itself is trained."""
+    init: Literal["random", "zeros", "text"] = "random"
+    """How the prefix starts: "random" (normal), "zeros", or "text": the keys and values of `text` (decoders only), so that
+    the model starts as if it had read it."""
+    text: str | None = None
+    """For init="text"; repeated or cut to n tokens."""
+    tokenizer: str | None = None
+    """For init="text": name or folder of the tokenizer; None takes the model's own."""
+    shift_positions: bool = True
+    """Whether the text's positions begin after the prefix, as if it stood before the text (HF peft does so)."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_virtual_tokens", "projection_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"PrefixTuning({name}={value}): it must be 1 or more")
+        choices = {"stacks": ("decoder", "encoder", "both"), "init": ("random", "zeros", "text")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"PrefixTuning({name}={getattr(self, name)!r}): choose one of {', '.join(allowed)}")
+        if self.init == "text" and (not self.text or self.projection_size is not None):
+            raise ConfigError("PrefixTuning(init='text') needs text=, and no projection_size, which cannot be inverted")
+        if self.overrides:
+            raise ConfigError("PrefixTuning has no overrides: all layers are stored as one tensor of n rows")
+
+    # -- where ---------------------------------------------------------------------------------------------------------
+
+    def sites(self, index: SiteIndex) -> list[Site]:
+        """The self-attentions. Raises UnsupportedError where the attention is not open to a prefix."""
+        sites = super().sites(index)
+        source = encoder_of(index.model)
+        if source is not None and self.stacks != "both":
+            inside = {id(module) for module in source.modules()}
+            sites = [site for site in sites if (id(site.module) in inside) == (self.stacks == "encoder")]
+        if not sites:
+            raise ConfigError(f"PrefixTuning(targets={self.targets!r}, stacks={self.stacks!r}) leaves no attention")
+        attention.check_interface(index.model, sites, type(self).__name__)
+        return sites
+
+    def build(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Piece]]:
+        from inlay.engine.sites import SiteIndex
+
+        index = SiteIndex(model)
+        shapes = [attention.key_value_shape(site, index) for site in sites]
+        rows = [heads * (keys + values) for heads, keys, values in shapes]
+        sources = self.sources(model, sites, rows)
+        pieces: list[tuple[Site, Piece]] = []
+        for site, shape, source in zip(sites, shapes, sources, strict=True):
+            bias, config = attention.bias_source(site, model), site.module.config
+            pieces.append((site, attention.PrefixAttention(source, self.num_virtual_tokens, shape, config, bias)))
+        if self.shift_positions:
+            by_path = {site.path: site for site in index.sites if site.parameter is None}
+            for path, module, positions, start in attention.position_modules(model, sites):
+                shift = attention.PositionShift(self.num_virtual_tokens, parameters_of(module), positions, start)
+                pieces.append((by_path[path], shift))
+        return pieces
+
+    def sources(self, model: nn.Module, sites: Sequence[Site], rows: Sequence[int]) -> list[nn.Module]:
+        """What gives each layer its (n, rows) keys and values."""
+        dtype, device, length = trainable_dtype(sites[0].dtype), sites[0].device, self.num_virtual_tokens
+        if self.projection_size is not None:
+            width = int(sites[0].module.config.hidden_size)
+            shared = Projection(length, width, self.projection_size).to(device, dtype)
+            projected = [ProjectedPrefix(shared, self.projection_size, count, owns=i == 0) for i, count in enumerate(rows)]
+            if self.init == "zeros":
+                for source in projected:
+                    source.start_at_zero()
+            return [source.to(device, dtype) for source in projected]
+        if self.init == "text":
+            values = text_prefix(model, sites, rows, length, str(self.text), self.tokenizer)
+        elif self.init == "zeros":
+            values = [torch.zeros(length, count) for count in rows]
+        else:
+            values = [torch.randn(length, count) for count in rows]
+        return [Prefix(value.to(device, dtype)) for value in values]
+
+    def on_attach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
+        placed = _prefixes(pieces)
+        attention.switch_on([piece for _, piece in placed], [site for site, _ in placed])
+
+    def on_detach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
+        attention.switch_off(model, [piece for _, piece in _prefixes(pieces)])
+
+    def for_file(self) -> Method:
+        """The method as a file describes it: how the prefix started no longer matters."""
+        return self.replace(init="random", text=None, tokenizer=None)
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def export(self, pieces: Sequence[tuple[Site, Piece]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`prompt_embeddings` (n, all layers' keys and values side by side); beside it, what a projection is made of."""
+        placed = _prefixes(pieces)
+        extra = {
+            f"{number}.{name}": tensor
+            for number, (_, piece) in enumerate(placed)
+            for name, tensor in piece.source.state_dict(keep_vars=True).items()
+            if self.projection_size is not None
+        }
+        with torch.no_grad():
+            return {"prompt_embeddings": torch.cat([piece.source() for _, piece in placed], dim=-1)}, extra
+
+    def import_(self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
+        placed = _prefixes(pieces)
+        expected, more = self.export(pieces)
+        stored = take(tensors, "prompt_embeddings", expected["prompt_embeddings"].shape)
+        if self.projection_size is not None:
+            if not extra:
+                raise CheckpointError("the second file, with the projection behind the prefix, is missing: load with it")
+            with torch.no_grad():
+                for name, parameter in more.items():
+                    parameter.copy_(take(extra, name, parameter.shape))
+            return
+        parts = stored.split([piece.source().shape[1] for _, piece in placed], dim=-1)
+        with torch.no_grad():
+            for (_, piece), part in zip(placed, parts, strict=True):
+                piece.source().copy_(part)
+
+    def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
+        sites = [site for site in sites if attention.uses_interface(site.module)]
+        shapes = {attention.key_value_shape(site, index) for site in sites}
+        complete = dataclasses.replace(self, targets=None, exclude=None, layers=None).sites(index)
+        heads, keys, values = shapes.pop()
+        if shapes or keys != values or [s.path for s in complete] != [s.path for s in sites] or not self.shift_positions:
+            raise UnsupportedError("HF peft has prefixes of one shape, in all layers, with shifted positions, only")
+        if encoder_of(index.model) is not None:
+            raise UnsupportedError("HF peft gives several decoder layers of an encoder–decoder one and the same prefix")
+        return {
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "token_dim": heads * keys,
+            "num_transformer_submodules": 1,
+            "num_attention_heads": heads,
+            "num_layers": len(sites),
+            "prefix_projection": False,
+        }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> list[Method]:
+        if config.get("prefix_projection"):
+            warnings.warn("HF peft saves no projection: the prefix is loaded as it is, and trained so from now on", stacklevel=2)
+        method = PeftHalves if config.get("num_transformer_submodules") == 2 else cls
+        return [method(num_virtual_tokens=config["num_virtual_tokens"])]
+
+
+class PeftHalves(PrefixTuning):
+    """A peft file for an encoder–decoder: there, decoder layer l has slot 2l mod L (peft splits two copies into fours)."""
+
+    def import_(self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
+        stored, layers = tensors.get("prompt_embeddings"), len(_prefixes(pieces))
+        if stored is not None and stored.ndim == 2 and stored.shape[1] % layers == 0:
+            slots = stored.view(stored.shape[0], layers, -1)
+            tensors["prompt_embeddings"] = slots[:, [2 * layer % layers for layer in range(layers)]].flatten(1)
+        super().import_(pieces, tensors, extra)
+
+
+def _prefixes(pieces: Sequence[tuple[Site, Piece]]) -> list[tuple[Site, attention.PrefixAttention]]:
+    return [(site, piece) for site, piece in pieces if isinstance(piece, attention.PrefixAttention)]
