@@ -548,7 +548,7 @@ def test_one_block_alone_has_its_roles() -> None:
 
 
 def test_a_network_without_attention_has_blocks_and_layers() -> None:
-    stack = nn.Sequential(nn.Linear(4, 4), nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]))
+    stack = nn.Sequential(nn.Linear(4, 4), nn.ModuleList(mlps(3)))
     index = SiteIndex(stack)
     assert [(site.path, site.layer) for site in index.roles()["block"]] == [("1.0", 0), ("1.1", 1), ("1.2", 2)]
 
@@ -558,6 +558,18 @@ def test_layers_of_nested_stacks_count_on() -> None:
     blocks = SiteIndex(model).roles()["block"]
     assert [(site.layer, site.depth) for site in blocks] == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert blocks[2].path == "encoder.albert_layer_groups.1.albert_layers.0"
+
+
+def test_a_block_that_has_a_piece_in_it_is_still_one_of_its_stack() -> None:
+    for model in (tiny.build("albert", num_hidden_groups=2, num_hidden_layers=2), nn.Sequential(*mlps(3))):
+        before = [(site.path, site.layer) for site in SiteIndex(model).roles()["block"]]
+        block = model.get_submodule(before[1][0])
+        block.__class__ = type(type(block).__name__, (type(block),), {})
+        assert [(site.path, site.layer) for site in SiteIndex(model).roles()["block"]] == before
+
+
+def mlps(count: int) -> list[nn.Module]:
+    return [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(count)]
 
 
 def test_aliases_and_unknown_roles() -> None:

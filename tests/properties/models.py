@@ -67,8 +67,6 @@ class Host:
     """Parameters of the untrained head, which is trained with every adapter."""
     checkpoints: bool = False
     """Whether the model has transformers' own gradient checkpointing."""
-    fused: bool = False
-    """Whether the bare model takes a fused path without gradients, which rounds otherwise than with pieces in it."""
 
 
 def _tokens(vocabulary: int = 64, length: int = 7, low: int = 3) -> Tensor:
@@ -110,8 +108,8 @@ HOSTS = {
         Host("mixtral", lambda: build("mixtral", "causal"), _text, checkpoints=True),
         Host("conv", ConvNet, lambda: {"x": torch.randn(2, 4, 12)}),
         Host("tied", TiedNet, lambda: {"ids": _tokens(11, 5, low=0)}),
-        Host("torch", build_transformer_encoder, lambda: {"src": torch.randn(2, 5, 12)}, fused=True),
-        Host("plain", Plain, lambda: {"tokens": _tokens(11, 6, low=0)}, fused=True),
+        Host("torch", build_transformer_encoder, lambda: {"src": torch.randn(2, 5, 12)}),
+        Host("plain", Plain, lambda: {"tokens": _tokens(11, 6, low=0)}),
     )
 }
 
@@ -124,12 +122,12 @@ def _base(name: str) -> nn.Module:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def fresh(name: str) -> nn.Module:
     """A copy of the host `name` in evaluation mode; every copy, in every process, has the same bits."""
-    return copy.deepcopy(_base(name))
+    return copy.deepcopy(_base(name)).requires_grad_(True)
 
 
 @functools.cache
@@ -141,24 +139,29 @@ def inputs(name: str) -> Inputs:
 
 
 @functools.cache
-def base_output(name: str, grad: bool = False) -> Tensor:
-    """What the bare host computes, without gradients or (`grad`) with them."""
-    return output(_base(name), name, grad)
+def base_output(name: str, fused: bool = True) -> Tensor:
+    """What the bare host computes while it is frozen: torch chooses other kernels for weights that require gradients."""
+    return output(_base(name), name, fused)
 
 
-def forward(model: nn.Module, name: str, given: Inputs | None = None) -> Tensor:
+def forward(model: nn.Module, name: str) -> Tensor:
     """The model's main output: logits, or the tensor that it returns."""
-    given = inputs(name) if given is None else given
+    given = inputs(name)
     if next(model.parameters()).dtype == torch.bfloat16:
         given = {key: value.bfloat16() if value.is_floating_point() else value for key, value in given.items()}
-    output = model(**given)
-    return output if isinstance(output, Tensor) else output.logits
+    result = model(**given)
+    return result if isinstance(result, Tensor) else result.logits
 
 
-def output(model: nn.Module, name: str, grad: bool = False) -> Tensor:
-    """What the model computes, without gradients unless asked for."""
-    with torch.set_grad_enabled(grad):
-        return forward(model, name).detach()
+def output(model: nn.Module, name: str, fused: bool = True) -> Tensor:
+    """What the model computes, without gradients. `fused=False` keeps torch from its fused attention, which it leaves
+    anyway where pieces sit, and which rounds otherwise."""
+    torch.backends.mha.set_fastpath_enabled(fused)
+    try:
+        with torch.no_grad():
+            return forward(model, name)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 def loss_of(value: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,6 +54,7 @@ class Row:
 
     def attached(self, host: str, perturbed: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A fresh host with the method in it, moved away from its start unless told otherwise."""
+        torch.manual_seed(0)
         model = inlay.attach(fresh(host).to(dtype), self.at(host))
         return perturb(model) if perturbed else model
 
@@ -137,7 +139,7 @@ first = pytest.mark.parametrize(("row", "host"), FIRST)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Equal to `tolerance` of the largest entry: sums of floats in another order, through a few layers."""
+    """Equal to `tolerance` of the largest entry (sums in another order, through a few layers), or at 0 in every bit."""
     assert found.shape == expected.shape
     assert (found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0)
 
@@ -148,13 +150,9 @@ def test_every_method_has_a_row() -> None:
 
 @every
 def test_1_starts_as_the_base(row: Row, host: str) -> None:
-    grad = HOSTS[host].fused
-    model, base = row.attached(host, perturbed=False), base_output(host, grad)
-    if row.identity:
-        assert (output(model, host, grad) - base).abs().max() <= row.identity
-    else:
-        assert torch.equal(output(model, host, grad), base)
-    assert not torch.equal(output(perturb(model), host, grad), base)
+    model = row.attached(host, perturbed=False)
+    close(output(model, host, fused=False), base_output(host, fused=False), row.identity)
+    assert (output(perturb(model), host) - base_output(host)).abs().max() > 1e-3
 
 
 @every
@@ -180,7 +178,9 @@ def test_3_detach_restores_everything_and_disabled_is_the_base(row: Row, host: s
     inlay.attach(model, row.at(host))
     perturb(model)
     with inlay.disabled(model):
-        assert torch.equal(output(model, host), base)
+        frozen = fresh(host).requires_grad_(False)
+        next(frozen.children()).train()
+        assert torch.equal(output(model, host), output(frozen, host))
     inlay.detach(model)
     assert snapshot(model) == before
     assert torch.equal(output(model, host), base)
@@ -241,6 +241,7 @@ def test_5_merged_equals_unmerged_and_unmerge_restores_the_bits(row: Row, host: 
         assert torch.equal(output(model, host), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 @first
 def test_6_hf_peft_reads_the_file_and_computes_the_same(row: Row, host: str, tmp_path: Path) -> None:
     model = row.attached(host)
@@ -258,9 +259,8 @@ def test_6_hf_peft_reads_the_file_and_computes_the_same(row: Row, host: str, tmp
 def test_7_autocast(row: Row, host: str) -> None:
     model = row.attached(host, perturbed=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        base = output(fresh(host), host, grad=True)
-        start = output(model, host, grad=True)
-        close(start.float(), base.float(), 0.0 if not row.identity else 0.05 + row.identity)
+        base = output(fresh(host).requires_grad_(False), host, fused=False)
+        close(output(model, host, fused=False), base, row.identity and row.identity + 0.05)
     expected = output(perturb(model), host)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         close(output(model, host).float(), expected, 0.05)  # bfloat16 keeps 8 bits: 0.4 % for each rounding
@@ -271,8 +271,8 @@ def test_7_autocast(row: Row, host: str) -> None:
 @every
 def test_7_a_bfloat16_base(row: Row, host: str) -> None:
     model = row.attached(host, perturbed=False, dtype=torch.bfloat16)
-    base = output(fresh(host).bfloat16(), host, grad=True)
-    close(output(model, host, grad=True), base, 0.0 if not row.identity else 0.05 + row.identity)
+    base = output(fresh(host).bfloat16().requires_grad_(False), host, fused=False)
+    close(output(model, host, fused=False), base, row.identity and row.identity + 0.05)
     assert {parameter.dtype for parameter in adapters_of(model).get("default").parameters()} == {torch.float32}
     found = output(perturb(model), host)
     assert found.dtype == torch.bfloat16
@@ -354,7 +354,7 @@ def test_9_a_file_with_a_tensor_or_a_field_that_nobody_knows(row: Row, host: str
     before = snapshot(model)
     for damaged in ({**tensors, f"{key}x": torch.ones(2)}, {k: v for k, v in tensors.items() if k != key}):
         save_file(damaged, path, metadata)
-        with pytest.raises(CheckpointError, match=key):
+        with pytest.raises(CheckpointError, match=re.escape(key.removeprefix("0."))):
             inlay.load(model, tmp_path)
         assert snapshot(model) == before
     save_file(tensors, path, metadata)

@@ -79,7 +79,7 @@ def test_writing_keeps_the_old_text_when_it_fails(tmp_path: Path) -> None:
 def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
     for step in (2, 10, 9, 11):
         put(tmp_path / f"checkpoint-{step}")
-    (tmp_path / "checkpoint-11" / "weights").write_text("cut")  # another size than the marker says
+    (tmp_path / "checkpoint-11" / "weights").write_text("c")  # another size than the marker says
     (tmp_path / "checkpoint-12").mkdir()  # no marker
     (tmp_path / "checkpoint-x").mkdir()
     assert [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path)] == [2, 9, 10]

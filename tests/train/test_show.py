@@ -51,10 +51,15 @@ def test_plain_lines_have_the_step_the_loss_and_the_time_left(tmp_path: Path) ->
         state.global_step, curve.step_loss = step, 0.5
         progress.on_step_end(None, state, control)  # type: ignore[arg-type]
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 20
-    assert lines[0].startswith("step 2/40 (5%)  loss 0.5000  ")
+    assert len(lines) == 10
+    assert lines[0].startswith("step 4/40 (10%)  loss 0.5000  ")
     assert lines[0].endswith("s left")
     assert lines[-1].endswith("0s left")
+
+
+def begin(curve: Curve) -> None:
+    state = TrainerState(is_world_process_zero=True)
+    curve.on_train_begin(None, state, TrainerControl())  # type: ignore[arg-type]
 
 
 def test_a_resumed_curve_drops_what_came_after_and_a_torn_last_line(tmp_path: Path) -> None:
@@ -62,9 +67,10 @@ def test_a_resumed_curve_drops_what_came_after_and_a_torn_last_line(tmp_path: Pa
     path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
     assert [line["step"] for line in read_curve(path)] == [1, 2, 3]
     curve = Curve(path, resumed_at=2)
+    begin(curve)
     curve.add({"step": 3, "loss": 9})
     assert [line["loss"] for line in read_curve(path)] == [3, 2, 9]
-    Curve(path)
+    begin(Curve(path))
     assert read_curve(path) == []
 
 

@@ -1,17 +1,20 @@
-"""To disk and back, in the ecosystem's format: `adapter_config.json` + `adapter_model.safetensors`, as HF peft writes them.
+"""To disk and back, in the ecosystem's format: HF peft's `adapter_config.json` and `adapter_model.safetensors`.
 
-A method that peft has is written exactly as peft would; anything else, and any combination, gets `"peft_type": "INLAY"`,
-which peft refuses by name instead of reading wrongly. Either way `auto_mapping`, the one free-form entry of peft's
-config (any other key would make peft warn), has an `"inlay"` part: the methods with their fields, the version, and a
-fingerprint of the base model. Neither reading nor writing needs peft or a network.
+A method that peft has is written exactly as peft would; anything else, and any combination, gets `"peft_type":
+"INLAY"`, which peft refuses by name instead of reading wrongly. Either way `auto_mapping`, the one free-form entry of
+peft's config (any other key would make peft warn), has an `"inlay"` part: the methods with their fields, the version,
+and a fingerprint of the base model. Neither reading nor writing needs peft or a network. See docs/checkpoints.md.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,17 +24,18 @@ from torch import Tensor, nn
 from inlay.engine import adapters as engine
 from inlay.engine import files
 from inlay.engine.fingerprint import compare, fingerprint
-from inlay.engine.peft_names import shortest_names
+from inlay.engine.peft_names import ambiguous, brought_parameters, prefixed, shortest_names
 from inlay.engine.piece import Method
 from inlay.engine.registry import all_methods, make_method
-from inlay.engine.sites import SiteIndex
+from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import ModulesToSave
-from inlay.errors import CheckpointError, UnsupportedError, did_you_mean
+from inlay.errors import BaseModelError, CheckpointError, InlayError, TargetError, UnsupportedError, did_you_mean
 
 FORMAT = 1
 PEFT_VERSION = "0.21.2"
 """The version whose format is written; peft reads it to decide how to treat old files."""
-PREFIX = "base_model."
+LOADING = contextvars.ContextVar("loading", default=False)
+"""True while `load` makes pieces: their first values are about to be overwritten and need not be computed."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -65,6 +69,7 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
                 "version": _version(),
                 **described,
                 "tag": tag,
+                "extra": bool(extra),
                 "base": fingerprint(model, _replaced(adapter)),
             },
         },
@@ -83,7 +88,10 @@ def peft_config(adapter: engine.Adapter, index: SiteIndex, model: nn.Module) -> 
     One method that peft has, with the heads and token rows that peft keeps inside the same file.
     """
     main = [m for m in adapter.methods if not isinstance(m, ModulesToSave) and not m.rides_with(adapter.methods)]
-    if len(main) != 1 or main[0].peft_type is None:
+    adapted = {site.path for site, piece in adapter.pieces() if not piece.replaces}
+    pairs = list(zip(adapter.methods, adapter.placed, strict=True))
+    whole = {site.path for method, placed in pairs if isinstance(method, ModulesToSave) for site, _ in placed}
+    if len(main) != 1 or main[0].peft_type is None or adapted & whole:
         return None
     config: dict[str, Any] = {
         "peft_type": main[0].peft_type,
@@ -91,7 +99,7 @@ def peft_config(adapter: engine.Adapter, index: SiteIndex, model: nn.Module) -> 
         "task_type": task_type(model),
         "revision": None,
     }
-    for method, placed in zip(adapter.methods, adapter.placed, strict=True):
+    for method, placed in pairs:
         try:
             config |= method.to_peft([site for site, _ in placed], index)
         except UnsupportedError:
@@ -116,7 +124,8 @@ def task_type(model: nn.Module) -> str | None:
 
 def base_name(model: nn.Module) -> str | None:
     """What the base model was loaded from, as transformers remembers it."""
-    return getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    config = getattr(model, "config", None)
+    return getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
 
 
 def _tensors(adapter: engine.Adapter, plain: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -134,8 +143,8 @@ def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous, unshared copies where needed: the file format has no aliases."""
     seen: set[int] = set()
     owned: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
+    for key, value in tensors.items():
+        tensor = value.detach().contiguous()
         pointer = tensor.untyped_storage().data_ptr()
         owned[key] = tensor.clone() if pointer in seen or tensor.storage_offset() else tensor
         seen.add(pointer)
@@ -143,16 +152,36 @@ def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _describe(method: Method, placed: engine.Placed, index: SiteIndex) -> dict[str, Any]:
-    """A method as JSON: its kind and fields, with the targets resolved to names so that they mean the same for ever."""
+    """A method as JSON: its kind and fields, with places resolved to names so that they mean the same for ever."""
     if type(method).sites is Method.sites:
-        sites = {site.name for site, piece in placed if not piece.replaces}
-        names = shortest_names(sites, (site.name for site in index.sites if site.kind in method.hosts))
-        method = method.replace(targets=tuple(f"name:{name}" for name in names), exclude=None, layers=None)
+        sites = [site for site, piece in placed if not piece.replaces]
+        everything = [site.name for site in index.sites if site.kind in method.hosts]
+        changes = [_changes(method, site) for site in sites]
+        overrides: dict[str, Any] = {}
+        for fields in (fields for number, fields in enumerate(changes) if fields and fields not in changes[:number]):
+            places = {site.name for site, own in zip(sites, changes, strict=True) if own == fields}
+            overrides |= dict.fromkeys(_exact_names(places, everything), fields)
+        targets = _exact_names({site.name for site in sites}, everything)
+        method = method.replace(targets=tuple(targets), exclude=None, layers=None, overrides=overrides)
     elif callable(method.targets):
-        raise UnsupportedError(f"{type(method).__name__} was given a callable as targets and cannot be written; name them")
+        kind = type(method).__name__
+        raise UnsupportedError(f"{kind} was given a callable as targets, which cannot be written to a file: name them")
     method = method.for_file()
-    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-    return {"kind": method.kind, **fields}
+    return {"kind": method.kind, **{field.name: getattr(method, field.name) for field in dataclasses.fields(method)}}
+
+
+def _changes(method: Method, site: Site) -> dict[str, Any]:
+    """The fields that overrides change at one site."""
+    here = method.at(site)
+    names = [field.name for field in dataclasses.fields(method)]
+    return {name: getattr(here, name) for name in names if getattr(here, name) != getattr(method, name)}
+
+
+def _exact_names(selected: set[str], everything: Sequence[str]) -> list[str]:
+    """Targets that mean `selected` and nothing else of `everything`."""
+    names = shortest_names(selected, everything)
+    apart = set(ambiguous(names, selected, everything))
+    return [f"re:{re.escape(name)}" if name in apart else f"name:{name}" for name in names]
 
 
 def _replaced(adapter: engine.Adapter) -> frozenset[str]:
@@ -190,24 +219,68 @@ def load(
     methods, saved = read_methods(config, folder)
     own = own_entry(config)
     if own and metadata.get("inlay") not in (None, own.get("tag")):
-        raise CheckpointError(f"{folder}: {files.CONFIG} and {files.WEIGHTS} come from two different saves; save it again")
-    extra = files.read_tensors(folder, files.EXTRA)[0] if (folder / files.EXTRA).is_file() else {}
+        raise CheckpointError(f"{folder}: {files.CONFIG} and {files.WEIGHTS} come from two saves; save it again")
+    extra = files.read_tensors(folder, files.EXTRA)[0] if own.get("extra") else {}
     before = engine.find_adapters(model)
     active = before.state.active if before else ()
-    if own.get("base") and strict:
-        compare(own["base"], engine.base_model(model), _keys_without_prefix(tensors))
-    engine.attach(model, methods, name, modules_to_save=_present(saved, tensors, own))
-    try:
-        _fill(engine.adapters_of(model).get(name), tensors, extra, plain=config.get("peft_type") != "INLAY", folder=folder)
-    except BaseException:
-        engine.detach(model, name)
-        raise
+    base = engine.base_model(model)
+    with _blaming(folder):
+        if own.get("base") and strict:
+            compare(own["base"], base)
+        if config.get("peft_type") != "INLAY":
+            tensors, brought = brought_parameters(prefixed(tensors), base, saved, config)
+            saved = [*_present(saved, tensors, own), *brought]
+            methods = methods if own else [_without_idle_overrides(method, base) for method in methods]
+        _attach(model, methods, name, saved, config, folder)
+        try:
+            _fill(base, engine.adapters_of(model).get(name), tensors, extra, config, folder)
+        except BaseException:
+            engine.detach(model, name)
+            raise
     if before and len(before.loaded) > 1:
         engine.activate(model, *active)
     if not trainable:
         for parameter in engine.adapters_of(model).get(name).parameters():
             parameter.requires_grad_(False)
     return model
+
+
+@contextlib.contextmanager
+def _blaming(folder: Path) -> Iterator[None]:
+    """What goes wrong for want of a sensible value in the config is the file's fault."""
+    try:
+        yield
+    except InlayError:
+        raise
+    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{folder / files.CONFIG} has a value that cannot be used ({type(error).__name__}: {error}): restore the "
+            "file, or save the adapter again"
+        ) from error
+
+
+def _attach(
+    model: nn.Module,
+    methods: Sequence[Method],
+    name: str,
+    saved: Sequence[str],
+    config: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """Attach what the config describes; places that are missing mean that it was made for another base."""
+    token = LOADING.set(True)
+    try:
+        engine.attach(model, methods, name, modules_to_save=saved)
+    except TargetError as error:
+        if own_entry(config):
+            raise
+        made_for = config.get("base_model_name_or_path") or "a base it does not name"
+        raise BaseModelError(
+            f"{folder} adapts target_modules={config.get('target_modules')!r} of {made_for}, which "
+            f"{type(engine.base_model(model)).__name__} does not have: load it on the base it was made for"
+        ) from error
+    finally:
+        LOADING.reset(token)
 
 
 def own_entry(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,18 +293,16 @@ def own_entry(config: Mapping[str, Any]) -> dict[str, Any]:
 def read_methods(config: Mapping[str, Any], folder: Path) -> tuple[list[Method], tuple[str, ...]]:
     """The methods that a config describes, and the modules saved whole."""
     own = own_entry(config)
-    if own:
-        if own.get("format", 0) > FORMAT:
+    with _blaming(folder):
+        if not own:
+            methods = _from_peft(config, folder)
+        elif own.get("format", 0) > FORMAT:
             raise CheckpointError(
-                f"{folder} was written by Inlay {own.get('version')} in format {own['format']}; this version reads up to "
-                f"{FORMAT}: upgrade inlay"
+                f"{folder} was written by Inlay {own.get('version')} in format {own['format']}; this version reads up "
+                f"to {FORMAT}: upgrade inlay"
             )
-        try:
+        else:
             methods = [make_method(entry["kind"], _fields(entry)) for entry in own["methods"]]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder / files.CONFIG} has a damaged 'inlay' entry in auto_mapping ({error!r})") from None
-    else:
-        methods = _from_peft(config, folder)
     modules = tuple(name for m in methods if isinstance(m, ModulesToSave) for name in m.modules)
     return [method for method in methods if not isinstance(method, ModulesToSave)], modules
 
@@ -259,29 +330,57 @@ def _present(saved: Sequence[str], tensors: Mapping[str, Tensor], own: Mapping[s
     return [name for name in saved if own or any(f".{name}." in f".{key}" for key in tensors)]
 
 
-def _keys_without_prefix(tensors: Mapping[str, Tensor]) -> frozenset[str]:
-    return frozenset(key.split("base_model.model.", 1)[-1] for key in tensors)
+def _without_idle_overrides(method: Method, base: nn.Module) -> Method:
+    """peft allows patterns that match nothing."""
+    if not method.overrides:
+        return method
+    sites = method.sites(SiteIndex(base))
+    used = {pattern: fields for pattern, fields in method.overrides.items() if any(s.matches(pattern) for s in sites)}
+    return method.replace(overrides=used)
 
 
-def _fill(adapter: engine.Adapter, tensors: dict[str, Tensor], extra: dict[str, Tensor], plain: bool, folder: Path) -> None:
+def _fill(
+    base: nn.Module,
+    adapter: engine.Adapter,
+    tensors: dict[str, Tensor],
+    extra: dict[str, Tensor],
+    config: Mapping[str, Any],
+    folder: Path,
+) -> None:
     """Give every piece its tensors; a key left over, or missing, is an error that names it."""
-    if plain and not any(key.startswith(PREFIX) for key in tensors):
-        # Models adapted in place by other libraries write keys without the wrapper's prefix.
-        bare = {key for key in tensors if "." in key}
-        tensors = {f"base_model.model.{key}" if key in bare else key: value for key, value in tensors.items()}
+    plain = config.get("peft_type") != "INLAY"
+    found = _tensors(adapter, plain)[0]
+    for key in found.keys() & tensors.keys():
+        if found[key].is_floating_point() != tensors[key].is_floating_point():
+            raise CheckpointError(
+                f"{folder / files.WEIGHTS}: {key!r} holds {tensors[key].dtype}, which cannot become {found[key].dtype}: "
+                "the file is damaged or not an adapter"
+            )
+    tensors = dict(tensors)
     for number, (method, placed) in enumerate(zip(adapter.methods, adapter.placed, strict=True)):
         mine = tensors if plain else _numbered(tensors, number)
-        more = _numbered(extra, number)
-        method.import_(placed, mine, more)
+        method.import_(placed, mine, _numbered(extra, number))
         if not plain:
             tensors |= {f"{number}.{key}": value for key, value in mine.items()}
     if tensors:
-        found = {key for method, placed in zip(adapter.methods, adapter.placed, strict=True) for key in method.export(placed)[0]}
         key = next(iter(tensors))
         raise CheckpointError(
             f"{folder / files.WEIGHTS} has {len(tensors)} tensors that nothing here takes, such as {key!r}"
             f"{did_you_mean(key, found)}"
         )
+    if plain and own_entry(config):
+        _same_twice(config, peft_config(adapter, SiteIndex(base), base) or {}, folder)
+
+
+def _same_twice(config: Mapping[str, Any], meant: Mapping[str, Any], folder: Path) -> None:
+    """What our own part of a config says must be what peft's part says, or an edit by hand would go unnoticed."""
+    for field in meant.keys() & config.keys() - {"peft_version", "task_type", "revision", "modules_to_save"}:
+        here, there = (sorted(v) if isinstance(v, list | tuple) else v for v in (config[field], meant[field]))
+        if here != there:
+            raise CheckpointError(
+                f"{folder / files.CONFIG} says {field}={config[field]!r}, but its 'inlay' entry in auto_mapping means "
+                f"{meant[field]!r}: it was edited by hand in one place only; undo that, or edit both"
+            )
 
 
 def _numbered(tensors: dict[str, Tensor], number: int) -> dict[str, Tensor]:

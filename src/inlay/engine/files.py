@@ -36,11 +36,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(_missing(folder))
     if path.stat().st_size > LARGEST_CONFIG:
-        raise CheckpointError(f"{path} is {path.stat().st_size:,} bytes, which no adapter config needs: wrong or damaged file")
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, which no adapter config needs: not one, or damaged")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): the file is damaged, restore it or save again") from None
+        raise CheckpointError(f"{path} is not valid JSON ({error}): it is damaged, restore it or save again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a JSON {type(config).__name__}, not an object: not an adapter config")
     return config

@@ -44,10 +44,12 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     adapters = find_adapters(model)
     merged = adapters.originals if adapters else {}
     parameters: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for name, parameter in model.named_parameters():
         path, _, last = name.rpartition(".")
         own = merged.get(path, {}).get(last, parameter)
-        if CHILD not in name.split(".") and own is not None:
+        if CHILD not in name.split(".") and own is not None and id(own) not in seen:
+            seen.add(id(own))
             parameters[name] = own
     return parameters
 
@@ -71,28 +73,26 @@ def _sample(parameter: Tensor) -> list[float]:
 
 def compare(stored: Mapping[str, Any], model: nn.Module) -> None:
     """Raise BaseModelError saying what differs between the model a file was made for and this one."""
-    found = fingerprint(model, frozenset(stored.get("without", ())))
+    found = fingerprint(model, frozenset(stored["without"]))
     here = base_parameters(model)
     differences = [
         f"{fact} is {found['config'].get(fact)!r} here, {value!r} there"
-        for fact, value in stored.get("config", {}).items()
+        for fact, value in stored["config"].items()
         if found["config"].get(fact) != value
     ]
-    known = [(name, shape, values) for name, (shape, *values) in stored.get("weights", {}).items()]
-    differences += [_misfit(name, shape, here) for name, shape, _ in known][:2] if not differences else []
-    differences = [difference for difference in differences if difference]
-    if not differences and None not in (stored.get("shapes"), found["shapes"]) and stored["shapes"] != found["shapes"]:
+    if not differences:
+        misfits = (_misfit(name, shape, here) for name, (shape, *_) in stored["weights"].items())
+        differences = [misfit for misfit in misfits if misfit][:2]
+    if not differences and None not in (stored["shapes"], found["shapes"]) and stored["shapes"] != found["shapes"]:
         differences.append(
             f"parameter names or shapes differ ({found['parameters']:,} parameters of {found['class']} here, "
-            f"{stored.get('parameters', 0):,} of {stored.get('class')} there)"
+            f"{stored['parameters']:,} of {stored['class']} there)"
         )
     if not differences:
-        weights = ((name, values, _sample(here[name])) for name, _, values in known if _readable(here.get(name)))
-        differences += [
-            f"the weights of {name} differ ({ours[0]:.5g} here, {theirs[0]:.5g} there)"
-            for name, theirs, ours in weights
-            if not _close(ours, theirs)
-        ][:1]
+        for name, (_, *there) in stored["weights"].items():
+            if here[name].is_floating_point() and not here[name].is_meta and not _close(_sample(here[name]), there):
+                differences = [f"the weights of {name} differ ({_sample(here[name])[0]:.5g} here, {there[0]:.5g} there)"]
+                break
     if differences:
         raise BaseModelError(
             "this adapter was made for another base model: " + "; ".join(differences) + ". Load it on the base it was "
@@ -107,10 +107,6 @@ def _misfit(name: str, shape: list[int], here: Mapping[str, Tensor]) -> str:
     if here[name].is_floating_point() and list(here[name].shape) != shape:
         return f"{name} has shape {tuple(here[name].shape)} here, {tuple(shape)} there"
     return ""
-
-
-def _readable(parameter: Tensor | None) -> bool:
-    return parameter is not None and parameter.is_floating_point() and not parameter.is_meta
 
 
 def _close(here: list[float], there: list[float]) -> bool:

@@ -46,13 +46,13 @@ def _refuse_unmergeable(path: str, inlays: Inlays, adapters: Adapters) -> None:
 def swap(model: nn.Module, adapters: Adapters, changed: Merged) -> None:
     """Put the merged parameters in, keeping the originals; parameters that were tied and merge alike stay tied."""
     made: list[tuple[nn.Parameter | None, nn.Parameter]] = []
-    for path, module, _ in hosts(model):
+    for path, module, inlays in hosts(model):
         for name, value in changed.get(path, {}).items():
             original = module._parameters.get(name)
             assert value is not None
-            parameter = nn.Parameter(value.detach().contiguous().clone(), requires_grad=False)
+            like = original if original is not None else inlays.original("weight")  # a bias that the base lacks
+            parameter = nn.Parameter(value.detach().to(like.dtype).contiguous().clone(), requires_grad=False)
             if original is not None:
-                parameter = nn.Parameter(parameter.data.to(original.dtype), requires_grad=False)
                 parameter = next((p for o, p in made if o is original and torch.equal(p, parameter)), parameter)
             made.append((original, parameter))
             adapters.originals.setdefault(path, {})[name] = original

@@ -7,12 +7,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from inlay.errors import ConfigError, UnsupportedError
+import torch
+
+from inlay.errors import BaseModelError, ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from inlay.engine.piece import Piece
     from inlay.engine.sites import Site, SiteIndex
 
+PREFIX = "base_model.model."
+"""What peft's keys start with, before the path of a module in the model."""
 MULTIHEAD = r"(?:\.in_proj_weight|\.out_proj\.weight)?"
 """peft targets a whole nn.MultiheadAttention, which here is two parameter sites."""
 
@@ -174,3 +180,40 @@ def _layers(config: Mapping[str, Any]) -> str:
     if stacks:
         return rf"(?=(?:.*\.)?(?:{stacks if isinstance(stacks, str) else '|'.join(stacks)})\.(?:{wanted})\.)"
     return rf"(?=[^.]*\.[^.]*\.(?:(?!\d+\.)[^.]*\.)*(?:{wanted})\.)"
+
+
+def prefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Models adapted in place by other libraries write keys without the wrapper's prefix; prompts have no path."""
+    if any(key.startswith("base_model.") for key in tensors):
+        return tensors
+    return {f"{PREFIX}{key}" if "." in key else key: value for key, value in tensors.items()}
+
+
+def brought_parameters(
+    tensors: Mapping[str, Tensor], base: nn.Module, saved: Sequence[str], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The other tensors, and the modules of whole base parameters that peft wrote though no field says so.
+
+    Such are embeddings, which peft adds when they are adapted or were resized, and modules whose name merely ends in one
+    of modules_to_save. What the base has already is dropped; the rest is to be loaded as trained copies.
+    """
+    own = {name: p for name, p in base.named_parameters(remove_duplicate=False) if "inlays" not in name.split(".")}
+    rest: dict[str, Tensor] = {}
+    modules: list[str] = []
+    for key, tensor in tensors.items():
+        if ".original_module." in key or ".modules_to_save." in key:  # with bias="all", peft writes its own copies too
+            continue
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        parameter, path = own.get(name), name.rpartition(".")[0]
+        named = any(f".{one}." in f".{name}" for one in saved)
+        if parameter is None or named or (name.endswith("bias") and config.get("bias", "none") != "none"):
+            rest[key] = tensor
+        elif parameter.shape != tensor.shape:
+            raise BaseModelError(
+                f"the adapter file brings its own {name} of shape {tuple(tensor.shape)}, and here it is "
+                f"{tuple(parameter.shape)}: resize the base first (model.resize_token_embeddings({tensor.shape[0]}))"
+            )
+        elif not torch.equal(parameter.detach().cpu(), tensor.to(parameter.dtype)):
+            rest[f"{PREFIX}{name}"] = tensor
+            modules += [path] if path not in modules else []
+    return rest, modules

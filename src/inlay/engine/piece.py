@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inlay.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean
+from inlay.errors import CheckpointError, ConfigError, TargetError, UnsupportedError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,7 +133,16 @@ class Method:
         raise NotImplementedError
 
     def build(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Piece]]:
-        """Every piece of this method, site by site. Methods whose pieces share state override this."""
+        """Every piece of this method, site by site. Methods whose pieces share state override this.
+
+        Raises TargetError when an override matches none of the sites.
+        """
+        for pattern in self.overrides:
+            if not any(site.matches(pattern) for site in sites):
+                raise TargetError(
+                    f"{type(self).__name__}: the override {pattern!r} matches none of its {len(sites)} places"
+                    f"{did_you_mean(pattern, [site.tail for site in sites])}"
+                )
         return [(site, self.at(site).piece(site)) for site in sites]  # type: ignore[attr-defined]
 
     def on_attach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:

@@ -120,7 +120,8 @@ class Structure:
     def is_uniform(self, path: str) -> bool:
         """Whether all entries of a container are of one class and have children of their own."""
         entries = [join(path, name) for name in self.children.get(path, [])]
-        classes = {type(self.modules[entry]) for entry in entries}
+        # By name: an entry with a piece in it has a class of its own, of the same name.
+        classes = {type(self.modules[entry]).__name__ for entry in entries}
         return len(classes) == 1 and all(self.children.get(entry) for entry in entries)
 
     def find_blocks(self) -> None:

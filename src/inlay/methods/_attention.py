@@ -45,12 +45,15 @@ class Shown:
 class PrefixAttention(Piece):
     """On a self-attention: softmax(q [K_p; K]ᵀ + mask) [V_p; V], where `source()` gives (n, heads · (d_k + d_v))."""
 
-    def __init__(self, source: nn.Module, length: int, shape: tuple[int, int, int], config: Any, bias: nn.Module | None) -> None:
+    def __init__(
+        self, source: nn.Module, length: int, shape: tuple[int, int, int], attention: Any, bias: nn.Module | None
+    ) -> None:
         super().__init__()
         self.source = source
         self.length = length
         self.shape = shape
-        self.config = config
+        self.config = attention.config
+        self.layer = getattr(attention, "layer_idx", None)
         # A tuple hides the base's module from registration: the first layer of a T5 stack computes all position biases.
         self.bias_of = (bias,)
 
@@ -80,7 +83,7 @@ class PrefixAttention(Piece):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         cache = kwargs.get("past_key_values")
-        past = cache.get_seq_length(layer.layer_idx) if cache is not None else 0
+        past = cache.get_seq_length(self.layer) if cache is not None else 0  # this layer has not been added to yet
         past = past.clone() if isinstance(past, Tensor) else past
         bias: Tensor = layer.compute_bias(hidden.shape[1], self.length, hidden.device, past + self.length)
         return bias

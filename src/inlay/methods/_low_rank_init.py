@@ -29,7 +29,7 @@ def factor_shapes(r: int, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]
         experts = weight.shape[0]
         return (r * experts, site.in_features), (site.out_features, r * experts)
     if site.kind == "parameter" and weight.dim() != 2:
-        raise UnsupportedError(f"{site.name} has shape {tuple(weight.shape)}: a low-rank change needs 2 or 3 dimensions")
+        raise UnsupportedError(f"{site.name} has shape {tuple(weight.shape)}: low rank needs 2 or 3 dimensions")
     return (r, site.in_features), (site.out_features, r)
 
 
@@ -40,6 +40,8 @@ def initial_factors(r: int, init: str, site: Site, scale: float) -> tuple[Tensor
     dtype, device = trainable_dtype(site.dtype), site.device
     a = torch.zeros(shape_a, dtype=dtype, device=device)
     b = torch.zeros(shape_b, dtype=dtype, device=device)
+    if LOADING.get():
+        return a, b, init in ("olora", "pissa")  # a file is about to fill them
     if init == "random":
         a.normal_(std=0.1)
         b.normal_(std=0.1)
@@ -54,11 +56,9 @@ def initial_factors(r: int, init: str, site: Site, scale: float) -> tuple[Tensor
         (b if site.kind == "embedding" else a).normal_(std=1 / r)
         return a, b, False
     if site.kind != "linear":
-        raise UnsupportedError(f"init={init!r} factors the weight of a linear; {site.name} is a {site.kind}: use 'kaiming'")
+        raise UnsupportedError(f"init={init!r} is for linears, and {site.name} is a {site.kind}: use 'kaiming' there")
     if init == "orthogonal":
         return *_orthogonal(a, b, r), False
-    if LOADING.get():
-        return a, b, True  # a file is about to fill them: no need to factor W
     if not site.weight.is_floating_point():
         raise UnsupportedError(f"init={init!r} factors the weight of {site.name}, which is quantised: use 'kaiming'")
     weight = site.weight.detach().to(torch.float32)

@@ -12,7 +12,7 @@ from inlay.engine.roles import known_role
 from inlay.engine.sites import Site, SiteIndex, Targets
 from inlay.engine.structure import ancestors
 from inlay.engine.targets import split_items
-from inlay.errors import TargetError, UnsupportedError
+from inlay.errors import TargetError, UnsupportedError, did_you_mean
 
 KINDS = frozenset({"linear", "conv", "embedding", "attention", "norm", "parameter", "module"})
 """Every kind of place: parameters can be trained anywhere."""
@@ -78,10 +78,11 @@ def _item(index: SiteIndex, parameters: list[Site], item: str, what: str) -> lis
     found = [] if is_role else [site for site in parameters if site.matches(item)]
     try:
         places = index.select(item, hosts=KINDS, what=what)
-    except TargetError:
-        if not found:
-            raise
-        return found
+    except TargetError as error:
+        if found:
+            return found
+        hint = "" if "did you mean" in str(error) else did_you_mean(item, [site.tail for site in parameters])
+        raise TargetError(f"{error}{hint}") from None
     found += _inside(parameters, places)
     if not found:
         raise TargetError(f"{what}: what target {item!r} names has no parameters ({places[0].name!r}, …)")

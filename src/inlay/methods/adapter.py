@@ -38,7 +38,7 @@ class Adapter(Method):
 
     kind = "adapter"
     hosts = frozenset({"linear", "norm", "attention", "module"})
-    default_targets = None
+    default_targets = "down"  # in a few words: `SubLayers.places` finds them
     paper = "Houlsby et al. 2019, arXiv:1902.00751"
     learning_rate: ClassVar[float] = 3e-4
 

@@ -32,6 +32,7 @@ class BitFit(CopyMethod):
     """y = W x + b': only biases are trained, all of them or those that `targets` names."""
 
     kind = "bitfit"
+    default_targets = "re:.*"
     paper = "Ben Zaken et al. 2021, arXiv:2106.10199"
     learning_rate: ClassVar[float] = 1e-3
 

@@ -36,7 +36,7 @@ class DoRA(LoRA):
         if self.lora_bias:
             raise UnsupportedError("DoRA(lora_bias=True): the direction has no bias; use LoRA, or bias='lora_only'")
         if not site.weight.is_floating_point():
-            raise UnsupportedError(f"DoRA cannot sit at {site.name}: it needs the norm of W, which is quantised; use LoRA")
+            raise UnsupportedError(f"DoRA cannot sit at {site.name}: it needs W's norm, and W is quantised; use LoRA")
         return DoRAPiece(self, site)
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class FullFineTuning(CopyMethod):
     """Train a copy of every parameter. For some of them only, `PartialFineTuning` says it better."""
 
     kind = "full"
+    default_targets = "re:.*"
     paper = "Devlin et al. 2018, arXiv:1810.04805"
     learning_rate: ClassVar[float] = 3e-5
 

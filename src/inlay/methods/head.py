@@ -16,7 +16,7 @@ from typing import ClassVar
 from inlay.engine.roles import new_heads
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import CopyMethod
-from inlay.errors import TargetError
+from inlay.errors import ConfigError, TargetError
 from inlay.methods._parameters import parameter_sites, with_tied
 
 
@@ -30,6 +30,10 @@ class FrozenFeatures(CopyMethod):
 
     head: str | None = None
     """The module to train, by role or name, where the model has no new head ("lm_head", "pooler")."""
+
+    def __post_init__(self) -> None:
+        if self.targets is not None or self.exclude is not None or self.layers is not None:
+            raise ConfigError("FrozenFeatures has no targets, exclude or layers: nothing in the trunk is trained")
 
     def sites(self, index: SiteIndex) -> list[Site]:
         if self.head is not None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.engine.host import base_class
@@ -96,7 +96,9 @@ class LoRA(Method):
     def export(self, pieces: Sequence[tuple[Site, Piece]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return {key: tensor for _, named in self._keyed(pieces) for key, (_, tensor) in named.items()}, {}
 
-    def import_(self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
+    def import_(
+        self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]
+    ) -> None:
         for piece, named in self._keyed(pieces):
             piece.load_file_tensors({name: take(tensors, key, own.shape) for key, (name, own) in named.items()})
 
@@ -219,7 +221,7 @@ class LoRAPiece(Piece):
     def delta(self) -> Tensor:
         """s · (B A − B₀ A₀), in the shape and orientation of the weight."""
         if not self.mergeable:
-            raise UnsupportedError("this LoRA reads all channels of a grouped convolution, which no grouped weight can do")
+            raise UnsupportedError("this LoRA crosses the groups of its convolution, which no grouped weight can do")
         change = low_rank.delta(self.lora_A, self.lora_B, self.shape, input_last=self.input_last)
         if self.start_A is not None:
             change = change - low_rank.delta(self.start_A, self.start_B, self.shape)
@@ -238,7 +240,8 @@ class LoRAPiece(Piece):
         return self.scale * self.lora_bias if bias is None else bias + self.scale * self.lora_bias
 
     def file_tensors(self) -> dict[str, Tensor]:
-        names = ("lora_embedding_A", "lora_embedding_B") if self.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+        plain, table = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+        names = table if self.kind == "embedding" else plain
         a, b = self.lora_A, self.lora_B
         if self.start_A is not None:
             # [A; A₀] and [B, −B₀]: the same change as a plain LoRA of twice the rank, which any reader can use.
@@ -274,11 +277,13 @@ def _refuse(method: LoRA, site: Site) -> None:
             "use dropout=0, or an override for this place"
         )
     if method.lora_bias and site.kind in ("parameter", "embedding"):
-        raise UnsupportedError(f"LoRA(lora_bias=True) cannot sit at {site.name}, a {site.kind}, which has no bias: exclude it")
+        raise UnsupportedError(
+            f"LoRA(lora_bias=True) cannot sit at {site.name}: a {site.kind} has no bias; exclude it, or lora_bias=False"
+        )
     if site.kind == "embedding":
         host = base_class(type(site.module))
         if host.forward is not nn.Embedding.forward and not hasattr(site.module, "embed_scale"):
             raise UnsupportedError(
-                f"LoRA cannot sit at {site.name}: {host.__name__} looks its rows up in a way of its own; exclude it, or "
-                "train it whole with modules_to_save"
+                f"LoRA cannot sit at {site.name}: {host.__name__} looks its rows up in a way of its own; exclude it, "
+                "or train it whole with modules_to_save"
             )

@@ -96,8 +96,8 @@ class PrefixTuning(Method):
         sources = self.sources(model, sites, rows)
         pieces: list[tuple[Site, Piece]] = []
         for site, shape, source in zip(sites, shapes, sources, strict=True):
-            bias, config = attention.bias_source(site, model), site.module.config
-            pieces.append((site, attention.PrefixAttention(source, self.num_virtual_tokens, shape, config, bias)))
+            bias = attention.bias_source(site, model)
+            pieces.append((site, attention.PrefixAttention(source, self.num_virtual_tokens, shape, site.module, bias)))
         if self.shift_positions:
             by_path = {site.path: site for site in index.sites if site.parameter is None}
             for path, module, positions, start in attention.position_modules(model, sites):

@@ -22,6 +22,7 @@ from inlay.engine.adapters import Adapter, find_adapters
 from inlay.engine.peft_names import peft_targets, targets_from_peft
 from inlay.engine.piece import Method, Piece, trainable_dtype
 from inlay.engine.sites import Site, SiteIndex
+from inlay.engine.trained_copy import ModulesToSave
 from inlay.errors import ConfigError, UnsupportedError
 
 DELTA = "trainable_tokens_delta"  # HF peft's name; the tensor holds the new rows, not a difference
@@ -77,6 +78,8 @@ class TrainableTokens(Method):
         embeddings = self.sites(index)
         adapter = _adapter_with(index.model, sites)
         if adapter is None or not self.rides_with(adapter.methods):
+            if adapter is not None and any(isinstance(method, ModulesToSave) for method in adapter.methods):
+                raise UnsupportedError("HF peft's TrainableTokensConfig has no modules_to_save")
             return {
                 "target_modules": peft_targets(embeddings, index)["target_modules"],
                 "token_indices": list(self.token_indices),

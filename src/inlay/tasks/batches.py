@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -16,6 +16,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.errors import ConfigError
+
+T = TypeVar("T")
 
 IGNORE = -100
 """The label that every loss in torch and transformers skips."""
@@ -107,14 +109,14 @@ def batches(
         yield group, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def track[T](items: list[T], what: str, enabled: bool) -> Iterable[T]:
+def track(items: list[T], what: str, enabled: bool) -> Iterable[T]:
     """The items, with a bar on a terminal, and a plain line now and then where standard error is none."""
     if not enabled:
         return items
     return tqdm(items, desc=what, leave=False) if sys.stderr.isatty() else _lines(items, what)
 
 
-def _lines[T](items: list[T], what: str, every: float = 10.0) -> Iterator[T]:
+def _lines(items: list[T], what: str, every: float = 10.0) -> Iterator[T]:
     begun = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()

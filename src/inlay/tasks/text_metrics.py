@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from inlay.errors import ConfigError, MissingExtraError, did_you_mean
 
-EXTRA = "eval"
+EXTRA = "text-metrics"
 _LIBRARIES = {"rouge": ("rouge_score", "rouge-score"), "bleu": ("sacrebleu", "sacrebleu")}
 METRICS = ("exact_match", "rouge", "bleu")
 

@@ -157,7 +157,7 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {self.curve.step_loss:.4f}", refresh=False)
             self.bar.update(1)
-        elif state.global_step % max(1, state.max_steps // 20) == 0 or state.global_step == state.max_steps:
+        elif state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == state.max_steps:
             self.say(self.line(state))
 
     def line(self, state: TrainerState) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import set_seed
 
 from inlay.engine.piece import Method
+from inlay.engine.roles import new_heads
 from inlay.errors import ConfigError, DataError
 from inlay.tasks.data import read_splits
 from inlay.tasks.task import make_task
@@ -69,6 +70,25 @@ def prepare(run: Run) -> Prepared:
         methods=methods,
         splits=splits,
     )
+
+
+def whole_modules(model: Any, run: Run) -> list[str] | None:
+    """What to train and save whole: the run's own choice, or (None) new heads, and what else the base's files lack.
+
+    Raises ConfigError when the run's choice leaves out a module that starts from random numbers: these would be other
+    numbers each time the adapter is loaded.
+    """
+    fresh = {name.rpartition(".")[0] for name in getattr(model, "fresh_parameters", ())}
+    chosen = new_heads(model) if run.modules_to_save is None else list(run.modules_to_save)
+    beside = sorted(path for path in fresh if not any(f".{name}." in f".{path}." for name in chosen))
+    if not beside:
+        return None if run.modules_to_save is None else chosen
+    if run.modules_to_save is not None:
+        raise ConfigError(
+            f"modules_to_save={chosen} leaves out {', '.join(beside)}, which {run.model} has no weights for: random numbers "
+            "that would be others each time the adapter is loaded. Add it, or leave modules_to_save out"
+        )
+    return [*chosen, *beside]
 
 
 def same_run(given: Run, stored: Run, where: Path) -> None:

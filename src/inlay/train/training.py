@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from inlay.train.callbacks import Curve, Progress, Stop
 from inlay.train.chart import loss_chart
 from inlay.train.checkpoints import checkpoints, last_checkpoint, recover, step_of
 from inlay.train.files import MARKER, folder_bytes, staged, write_json, write_text
-from inlay.train.prepare import Prepared, prepare, same_run
+from inlay.train.prepare import Prepared, prepare, same_run, whole_modules
 from inlay.train.record import (
     ADAPTER,
     CARD_FILE,
@@ -61,8 +62,10 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
     if checkpoint is not None:
         load(ready.model, checkpoint, trainable=True)
     else:
-        attach(ready.model, ready.methods, modules_to_save=ready.run.modules_to_save)
+        attach(ready.model, ready.methods, modules_to_save=whole_modules(ready.model, run))
     counts = summary(ready.model)
+    if progress:
+        print(f"{ready.task.describe()}\n{counts}", file=sys.stderr, flush=True)
     trainer, stop = make_trainer(ready, out, checkpoint, progress)
     write_text(out / RUN_FILE, ready.run.to_yaml())
     write_json(out / TASK_FILE, ready.task.to_dict())
@@ -89,7 +92,7 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
     )
     name = record.primary_metric
     write_text(out / CHART_FILE, loss_chart(trainer.curve.lines, name, f"{out.name}: loss and {name}"))
-    write_text(out / CARD_FILE, model_card(record, ready.run, str(summary(ready.model))))
+    write_text(out / CARD_FILE, model_card(record, ready.run, str(counts)))
     record.write()
     return record
 

@@ -18,6 +18,7 @@ from inlay.engine.checkpoint import load
 from inlay.engine.host import CHILD
 from inlay.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from inlay.tasks.data import read_splits
+from inlay.tasks.loading import quiet
 from inlay.tasks.task import Task
 from inlay.train.files import staged, write_text
 from inlay.train.record import ADAPTER, RUN_FILE, TASK_FILE, measured
@@ -175,7 +176,8 @@ def merge(folder: str | Path, out: str | Path, *, tolerance: float | None = None
         tolerance = TOLERANCES.get(model.dtype, 1e-4) * max(1.0, before.abs().max().item())
     with staged(out, "writing the merged model to") as beside:
         plain = {name: tensor for name, tensor in model.state_dict().items() if CHILD not in name.split(".")}
-        model.save_pretrained(beside, state_dict=plain)
+        with quiet():
+            model.save_pretrained(beside, state_dict=plain)
         tokenizer.save_pretrained(beside)
         again = opened.task.load_model(str(beside), dtype=model.dtype).to(model.device).eval()
         difference = (_logits(again, batch) - before).abs().max().item()
