@@ -59,7 +59,7 @@ def test_the_engine_names_no_method() -> None:
         "from inlay.train import Run; Run.from_settings({'model': 'm', 'train': {'learning_rate': 1e-3}})",
         "from inlay.cli.app import run; assert run(['--help'], False) == 0",
         "from inlay.cli.app import run; assert run(['train', '--help'], False) == 0",
-        "from inlay.cli.app import run; assert run(['train', '--model', 'm', '--set', 'train.learning_rat=1'], False) == 2",
+        "from inlay.cli.app import run; assert run(['train', '--model', 'm', '--set', 'train.lr=1'], False) == 2",
     ],
 )
 def test_naming_things_costs_no_torch(code: str) -> None:

@@ -36,11 +36,14 @@ class Case:
     same_file: bool = True
     """Whether our file of peft's adapter has the same tensors as peft's file."""
     close: dict[str, float] = dataclasses.field(default_factory=lambda: dict(CLOSE))
+    mend: Callable[[peft.PeftModel], str | None] = lambda theirs: None
+    """Undo a known error of peft's in its model; gradients of keys with what it returns in them are not compared."""
 
 
 def both_ways(case: Case, folder: Path) -> None:
     """peft's file here, our file of it there, and an adapter born here there; outputs and gradients each time."""
     theirs = randomised_peft(case.build(), case.config)
+    wrong = case.mend(theirs)
     theirs.save_pretrained(folder / "theirs", save_embedding_layers=False)
     expected, their_gradients = run(theirs, case.inputs()), gradients_of_peft(theirs)
     base = case.build()
@@ -49,6 +52,8 @@ def both_ways(case: Case, folder: Path) -> None:
     our_gradients = gradients(ours)
     assert our_gradients.keys() == their_gradients.keys()
     for key, gradient in their_gradients.items():
+        if wrong is not None and wrong in key:
+            continue
         torch.testing.assert_close(our_gradients[key], gradient, **case.close, msg=lambda m, k=key: f"{k}: {m}")
     inlay.save(ours, folder / "ours")
     if case.same_file:
@@ -70,9 +75,11 @@ def born_here(case: Case, folder: Path) -> None:
 def read_by_peft(case: Case, folder: Path, expected: Tensor) -> None:
     """Warnings are errors here, so peft finds every key that it looks for and no field that it does not know."""
     back = peft.PeftModel.from_pretrained(case.build(), folder)
+    case.mend(back)
     torch.testing.assert_close(run(back, case.inputs(), backward=False), expected, **case.close)
-    have = set(load_file(folder / "adapter_model.safetensors"))
-    assert have == set(peft.get_peft_model_state_dict(back, save_embedding_layers=False))
+    theirs = peft.get_peft_model_state_dict(back, save_embedding_layers=False)
+    copies = {key for key in theirs if ".original_module." in key or ".modules_to_save." in key}  # with bias="all"
+    assert set(load_file(folder / "adapter_model.safetensors")) == set(theirs) - copies
 
 
 def randomised_peft(model: nn.Module, config: dict[str, Any]) -> peft.PeftModel:
@@ -81,7 +88,7 @@ def randomised_peft(model: nn.Module, config: dict[str, Any]) -> peft.PeftModel:
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
-                parameter += torch.randn_like(parameter) * 0.2
+                parameter += torch.randn_like(parameter) * 0.1
     return theirs
 
 
@@ -89,7 +96,7 @@ def randomise(model: nn.Module, name: str = "default") -> None:
     """Move every parameter of an adapter away from where it started."""
     with torch.no_grad():
         for parameter in adapters_of(model).get(name).parameters():
-            parameter += torch.randn_like(parameter) * 0.2
+            parameter += torch.randn_like(parameter) * 0.1
 
 
 def run(model: nn.Module, inputs: dict[str, Any], backward: bool = True) -> Tensor:
@@ -111,7 +118,7 @@ def gradients_of_peft(theirs: nn.Module) -> dict[str, Tensor]:
 
 def file_key(name: str) -> str:
     """A parameter's key in peft's file: its name without the adapter's."""
-    name = name.replace(".modules_to_save.default", "").replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector")
+    name = name.replace(".modules_to_save.default", "").replace("magnitude_vector.default.weight", "magnitude_vector")
     return re.sub(r"\.default(?=\.|$)", "", name)
 
 

@@ -26,7 +26,7 @@ import inlay
 from inlay.engine.adapters import adapters_of
 from inlay.engine.piece import Method
 from inlay.engine.registry import kinds, make_method
-from inlay.errors import CheckpointError, ConfigError, TargetError, UnsupportedError
+from inlay.errors import CheckpointError, ConfigError, InlayError, TargetError, UnsupportedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Row:
     claims: dict[str, Any]
     """Host -> number of parameters, or (targets, number): a formula of the host's sizes, not of the library's."""
     identity: float = 0.0
-    """Largest change of an output at the start; 0 means the very bits of the base."""
+    """Largest change of an output at the start, relative to the largest output; 0 means the very bits of the base."""
     mergeable: bool = True
     peft: bool = True
     """Whether HF peft can read the adapter's file."""
@@ -46,11 +46,19 @@ class Row:
     """Whether the method has targets."""
     compiled: tuple[str, ...] = ()
     """Hosts to compile besides the first (each takes seconds, so not all)."""
+    refuses: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    """Host -> targets there (None: the method's own) that it refuses, with an error of one sentence."""
 
     def at(self, host: str) -> Method:
         """The method with the targets that the row gives for a host."""
         claim = self.claims[host]
-        return self.method if isinstance(claim, int) else self.method.replace(targets=claim[0])
+        return self.method.replace(targets=claim[0]) if isinstance(claim, tuple) else self.method
+
+    def parameters(self, host: str) -> int:
+        """What the row's formula gives, and the host's new head."""
+        claim = self.claims[host]
+        number = claim[1] if isinstance(claim, tuple) else claim
+        return (number(fresh(host)) if callable(number) else number) + HOSTS[host].head
 
     def attached(self, host: str, perturbed: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A fresh host with the method in it, moved away from its start unless told otherwise."""
@@ -73,6 +81,13 @@ LINEARS = {
     "torch": 2 * (MULTIHEAD + [(12, 20), (20, 12)]),
     "plain": 3 * (MULTIHEAD + [(12, 16), (16, 12)]) + [(12, 5)],
 }
+TEXT = ("bert", "llama", "gpt2", "t5", "mixtral")
+MIXED = "line,plane,space"  # the convolutions of "conv": 4 to 8 in 2 groups, 8 to 6, 6 to 4
+ALL = {host: lambda model: sum(p.numel() for p in model.parameters()) for host in HOSTS}
+BLOCK = 4 * (32 * 32 + 32) + (32 * 48 + 48) + (48 * 32 + 32) + 2 * 64  # bert's, gpt2's and vit's
+R, N = 2, 3  # rank; virtual tokens
+CONV_A, CONV_B, CONV_OUT = R * 2 * 3 + R * 8 * 3 * 2 + R * 6 * 3 * 3, 8 * R // 2 + 6 * R + 4 * R, 8 + 6 + 4
+EXPERTS = 3 * ((32 + 96) + (48 + 32))  # mixtral: 3 experts, gate and up in one
 
 
 def total(shapes: list[tuple[int, int]], count: Callable[[int, int], int]) -> int:
@@ -80,15 +95,9 @@ def total(shapes: list[tuple[int, int]], count: Callable[[int, int], int]) -> in
     return sum(count(*shape) for shape in shapes)
 
 
-def linears(count: Callable[[int, int], int]) -> dict[str, tuple[str, int]]:
+def linears(count: Callable[[int, int], int]) -> dict[str, Any]:
     """Claims of a method that sits at every linear and has `count(in, out)` parameters there."""
     return {host: ("all-linear", total(shapes, count)) for host, shapes in LINEARS.items()}
-
-
-R = 2
-MIXED = "line,plane,space"  # the convolutions of "conv": 4 to 8 in 2 groups, 8 to 6, 6 to 4
-CONV_A, CONV_B, CONV_OUT = R * 2 * 3 + R * 8 * 3 * 2 + R * 6 * 3 * 3, 8 * R // 2 + 6 * R + 4 * R, 8 + 6 + 4
-EXPERTS = 3 * ((32 + 96) + (48 + 32))  # mixtral: 3 experts, gate and up in one
 
 
 def lora(i: int, o: int) -> int:
@@ -99,40 +108,89 @@ def dora(i: int, o: int) -> int:
     return R * (i + o) + o
 
 
+def bottleneck(width: int) -> int:
+    m = max(1, width // 16)
+    return m * (width + width) + m + width
+
+
 ROWS = [
-    Row(
-        "lora",
-        inlay.LoRA(r=R),
-        linears(lora)
-        | {
-            "bert": 2 * 2 * R * (32 + 32),  # the default: query and value
-            "mixtral": ("experts,attention", R * 2 * EXPERTS + 2 * total(GROUPED, lora)),
-            "conv": (MIXED, CONV_A + CONV_B),
-            "tied": ("embed,mix", R * (11 + 8) + R * (8 + 8)),
-            "plain": ("lookup,mix,mixing", R * (11 + 8) + R * (4 * 3) + 12 * R // 2 + 3 * R * (12 + 12)),
-        },
-        compiled=("mixtral", "conv", "tied", "torch", "plain"),
-    ),
-    Row(
-        "lora-bias",
-        inlay.LoRA(r=R, bias="lora_only", lora_bias=True, rank_stabilised=True),
-        {"bert": 4 * R * (32 + 32) + 4 * 32 + 4 * 32, "conv": (MIXED, CONV_A + CONV_B + CONV_OUT + 8 + 4)},
-    ),
+    Row("lora", inlay.LoRA(r=R), linears(lora) | {
+        "bert": 2 * 2 * R * (32 + 32),  # the default: query and value
+        "mixtral": ("experts,attention", R * 2 * EXPERTS + 2 * total(GROUPED, lora)),
+        "conv": (MIXED, CONV_A + CONV_B),
+        "tied": ("embed,mix", R * (11 + 8) + R * (8 + 8)),
+        "plain": ("lookup,mix,mixing", R * (11 + 8) + R * (4 * 3) + 12 * R // 2 + 3 * R * (12 + 12)),
+    }, compiled=("mixtral", "conv", "tied", "torch", "plain"), refuses={"bert": "LayerNorm", "conv": None}),
+    Row("lora-bias", inlay.LoRA(r=R, bias="lora_only", lora_bias=True, rank_stabilised=True),
+        {"bert": 4 * R * (32 + 32) + 4 * 32 + 4 * 32, "conv": (MIXED, CONV_A + CONV_B + CONV_OUT + 8 + 4)}),
     Row("lora-pissa", inlay.LoRA(r=R, init="pissa", targets="attention"), {"gpt2": 2 * R * (32 + 96 + 32 + 32)}),
-    Row(
-        "dora",
-        inlay.DoRA(r=R),
-        linears(dora)
-        | {
-            "torch": ("linear1,linear2", 2 * total([(12, 20), (20, 12)], dora)),
-            "plain": ("a,b,out", 3 * total([(12, 16), (16, 12)], dora) + dora(12, 5)),
-            "conv": (MIXED, CONV_A + CONV_B + CONV_OUT),
-            "tied": ("embed,mix", R * (11 + 8) + 8 + R * (8 + 8) + 8),
-        },
-    ),
-]
+    Row("dora", inlay.DoRA(r=R), linears(dora) | {
+        "torch": ("linear1,linear2", 2 * total([(12, 20), (20, 12)], dora)),
+        "plain": ("a,b,out", 3 * total([(12, 16), (16, 12)], dora) + dora(12, 5)),
+        "conv": (MIXED, CONV_A + CONV_B + CONV_OUT),
+        "tied": ("embed,mix", R * (11 + 8) + 8 + R * (8 + 8) + 8),
+    }, compiled=("conv",), refuses={"torch": "all-linear", "mixtral": "experts"}),
+    Row("ia3", inlay.IA3(), {
+        "bert": 2 * (32 + 32 + 48), "llama": 2 * (16 + 16 + 48), "gpt2": 2 * (96 + 48), "t5": 6 * 64 + 4 * 48,
+        "vit": 2 * (32 + 32 + 48), "mixtral": 2 * (16 + 16 + 3 * 48), "conv": (MIXED, CONV_OUT),
+        "torch": ("linear1,linear2", 2 * (20 + 20)), "plain": ("a,b,mix", 3 * (16 + 12) + 12),
+    }, refuses={"torch": None, "tied": None}),
+    Row("ia3-additive", inlay.IA3(form="additive"), {"bert": 2 * (32 + 32 + 48)}, mergeable=False, peft=False),
+    Row("bitfit", inlay.BitFit(), {
+        "bert": 2 * (4 * 32 + 48 + 32 + 2 * 32) + 32 + 32, "gpt2": 2 * (96 + 32 + 48 + 32 + 2 * 32) + 32,
+        "vit": 2 * (4 * 32 + 48 + 32 + 2 * 32) + 32 + 32, "conv": 8 + 6 + 4, "tied": 8,
+        "torch": 2 * (36 + 12 + 20 + 3 * 12), "plain": 12 + 3 * (12 + 16 + 36 + 12) + 5,
+    }, peft=False, refuses={"llama": None, "t5": None, "mixtral": None}),
+    Row("bitfit-added", inlay.BitFit(add_missing=True), {
+        "llama": 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32), "t5": 6 * 4 * 32 + 4 * (48 + 32), "conv": 8 + 6 + 6 + 4,
+    }, peft=False),
+    Row("layer_norm", inlay.LayerNormTuning(), {
+        "bert": 5 * 64, "llama": 5 * 32, "gpt2": 5 * 64, "t5": (5 + 7) * 32, "vit": 5 * 64, "mixtral": 5 * 32,
+        "conv": 2 * 6, "torch": 2 * 2 * 24, "plain": 3 * 24,
+    }, refuses={"tied": None}),
+    Row("freezing", inlay.PartialFineTuning(top_k=1), {
+        "bert": BLOCK, "gpt2": BLOCK, "vit": BLOCK, "llama": 2 * 32 * 48 + 3 * 32 * 48 + 2 * 32,
+        "t5": (4 + 8) * 32 * 32 + 4 * 32 * 48 + 5 * 32,
+    }, peft=False, refuses={"conv": None, "tied": None}),
+    Row("freezing-heads", inlay.PartialFineTuning(heads={0: [1]}), {
+        "bert": 4 * 8 * 32 + 3 * 8, "llama": 4 * 8 * 32, "torch": 4 * 6 * 12 + 3 * 6,
+    }, peft=False, refuses={"gpt2": None, "conv": None}),
+    Row("freezing-gradual", inlay.PartialFineTuning(top_k=2, unfreeze_every=1), {"bert": 2 * BLOCK}, peft=False),
+    Row("full", inlay.FullFineTuning(), ALL, peft=False),
+    Row("head", inlay.FrozenFeatures(), {"bert": 0, "vit": 0}, peft=False, targets=False,
+        refuses={"llama": None, "plain": None}),
+    Row("head-lm", inlay.FrozenFeatures(head="lm_head"), {"llama": 64 * 32, "gpt2": 64 * 32}, peft=False, targets=False),
+    Row("trainable_tokens", inlay.TrainableTokens(token_indices=(8, 3, 10)),
+        {host: 3 * 32 for host in TEXT} | {"tied": 3 * 8, "plain": ("lookup", 3 * 8)}, refuses={"vit": None}),
+    Row("adapter", inlay.Adapter(), {
+        "bert": 2 * bottleneck(32), "llama": 2 * bottleneck(32), "gpt2": 2 * bottleneck(32), "t5": 4 * bottleneck(32),
+        "vit": 2 * bottleneck(32), "mixtral": 2 * bottleneck(32), "torch": 2 * bottleneck(12),
+        "tied": ("mix", bottleneck(8)), "plain": ("b", 3 * bottleneck(12)),
+    }, mergeable=False, peft=False, refuses={"conv": None, "plain": None}),
+    Row("adapter-houlsby", inlay.Adapter(placement="houlsby"), {
+        "bert": 4 * bottleneck(32) + 5 * 64, "llama": 4 * bottleneck(32) + 5 * 32,
+        "t5": (6 + 4) * bottleneck(32) + 12 * 32, "torch": 4 * bottleneck(12) + 4 * 24,
+    }, mergeable=False, peft=False),
+    Row("adapter-parallel", inlay.Adapter(placement="parallel", scale=4.0), {
+        "bert": 2 * bottleneck(32), "llama": 2 * bottleneck(32), "torch": 2 * bottleneck(12),
+    }, mergeable=False, peft=False),
+    # A prompt changes what a model computes from the start: that is what it is for.
+    Row("prompt_tuning", inlay.PromptTuning(num_virtual_tokens=N), {host: N * 32 for host in TEXT},
+        identity=2.0, mergeable=False, targets=False, refuses={"vit": None, "conv": None}),
+    Row("prompt_tuning-added", inlay.PromptTuning(num_virtual_tokens=N, position="added"),
+        {"bert": N * 32, "llama": N * 32}, mergeable=False, peft=False, targets=False),
+    Row("prompt_tuning-ensemble", inlay.PromptTuning(num_virtual_tokens=N, ensemble=2),
+        {"llama": 2 * N * 32, "t5": 2 * N * 32}, identity=2.0, mergeable=False, peft=False, targets=False),
+    Row("prefix_tuning", inlay.PrefixTuning(num_virtual_tokens=N), {
+        "bert": N * 2 * 64, "llama": N * 2 * 32, "gpt2": N * 2 * 64, "t5": N * 2 * 64, "vit": N * 2 * 64,
+        "mixtral": N * 2 * 32,
+    }, identity=2.0, mergeable=False, refuses={"torch": None, "conv": None}),
+    Row("prefix_tuning-mlp", inlay.PrefixTuning(num_virtual_tokens=N, projection_size=5),
+        {"llama": N * 32 + 5 * 33 + 6 * 2 * 32}, identity=2.0, mergeable=False),
+]  # fmt: skip
 
 CASES = [pytest.param(row, host, id=f"{row.name}-{host}") for row in ROWS for host in row.claims]
+REFUSED = [pytest.param(row, host, id=f"{row.name}-{host}") for row in ROWS for host in row.refuses]
 FIRST = [pytest.param(row, next(iter(row.claims)), id=row.name) for row in ROWS]
 every = pytest.mark.parametrize(("row", "host"), CASES)
 first = pytest.mark.parametrize(("row", "host"), FIRST)
@@ -142,6 +200,11 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None
     """Equal to `tolerance` of the largest entry (sums in another order, through a few layers), or at 0 in every bit."""
     assert found.shape == expected.shape
     assert (found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0)
+
+
+def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Equal to `tolerance` on average, relative to the average entry: for half precision."""
+    assert (found.float() - expected.float()).norm() <= tolerance * expected.float().norm()
 
 
 def test_every_method_has_a_row() -> None:
@@ -164,6 +227,8 @@ def test_2_only_the_adapter_learns_and_all_of_it_does(row: Row, host: str) -> No
     for _ in range(3):
         found = gradients(model, host)
         optimizer.step()
+        for controller in inlay.controllers(model):
+            controller.after_step(optimizer)
     assert set(found) == {name for name, parameter in model.named_parameters() if id(parameter) in own}
     assert [name for name, gradient in found.items() if not gradient.any()] == []
     assert base_bits(model) == before
@@ -263,7 +328,7 @@ def test_7_autocast(row: Row, host: str) -> None:
         close(output(model, host, fused=False), base, row.identity and row.identity + 0.05)
     expected = output(perturb(model), host)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        close(output(model, host).float(), expected, 0.05)  # bfloat16 keeps 8 bits: 0.4 % for each rounding
+        near(output(model, host), expected, 0.05)  # bfloat16 keeps 8 bits: 0.4 % for each of some dozens of roundings
         found = gradients(model, host)
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in found.values())
 
@@ -276,12 +341,12 @@ def test_7_a_bfloat16_base(row: Row, host: str) -> None:
     assert {parameter.dtype for parameter in adapters_of(model).get("default").parameters()} == {torch.float32}
     found = output(perturb(model), host)
     assert found.dtype == torch.bfloat16
-    close(found.float(), output(row.attached(host), host), 0.1)  # weights and activations rounded to 8 bits
+    near(found, output(row.attached(host), host), 0.1)  # here the weights are rounded too
     assert all(gradient.isfinite().all() for gradient in gradients(model, host).values())
     if row.mergeable:
         before = base_bits(model)
         inlay.merge(model)
-        close(output(model, host).float(), found.float(), 0.1)
+        near(output(model, host), found, 0.1)
         inlay.unmerge(model)
         assert base_bits(model) == before
 
@@ -323,9 +388,8 @@ def test_7_deepcopy_and_pickle(row: Row, host: str, twin: Callable[[nn.Module], 
 
 @every
 def test_8_the_parameter_count_is_the_formulas(row: Row, host: str) -> None:
-    claim = row.claims[host]
     summary = inlay.summary(row.attached(host))
-    assert summary.trainable_parameters == (claim if isinstance(claim, int) else claim[1]) + HOSTS[host].head
+    assert summary.trainable_parameters == row.parameters(host)
     assert summary.base_parameters == sum(parameter.numel() for parameter in fresh(host).parameters())
 
 
@@ -333,14 +397,22 @@ def test_8_the_parameter_count_is_the_formulas(row: Row, host: str) -> None:
 def test_9_a_target_that_matches_nothing(row: Row, host: str) -> None:
     model, method = fresh(host), row.at(host)
     before = snapshot(model)
-    sites = method.sites(inlay.SiteIndex(model))
-    word = sites[0].name.rpartition(".")[2]
+    name = next((site.name for site in method.sites(inlay.SiteIndex(model))), "") or "classifier"
+    word = name.rpartition(".")[2]
     wrong = f"{word[:2]}x{word[2:]}"
-    valid = method.targets or method.default_targets
-    for targets in (wrong, [valid, wrong]):
+    for targets in (wrong, [name, wrong]):
         with pytest.raises(TargetError if row.targets else ConfigError, match=f"{wrong}.*did you mean|targets"):
             inlay.attach(model, method.replace(targets=targets))
         assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(("row", "host"), REFUSED)
+def test_9_a_place_where_the_method_cannot_sit(row: Row, host: str) -> None:
+    model, method = fresh(host), row.method
+    before = snapshot(model)
+    with pytest.raises(InlayError, match=r"\w+"):
+        inlay.attach(model, method if row.refuses[host] is None else method.replace(targets=row.refuses[host]))
+    assert snapshot(model) == before
 
 
 @every

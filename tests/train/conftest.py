@@ -13,7 +13,7 @@ import torch
 
 from inlay.train import Run
 
-FILLERS = "the a film was very so plot story it is".split()
+FILLERS = ["the", "a", "film", "was", "very", "so", "plot", "story", "it", "is"]
 SIGNS = {"negative": ["bad", "awful"], "positive": ["good", "great"]}
 WORDS = [*FILLERS, *SIGNS["negative"], *SIGNS["positive"]]
 
@@ -35,13 +35,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    special = {
+        "unk_token": "[UNK]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special).save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     with quiet():
         BertForMaskedLM(
-            BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes)
+            BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, initializer_range=0.3, **sizes)
         ).save_pretrained(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed is the run that was never stopped: the same losses, to the bit, and the same file."""
+"""A run stopped and resumed is the run that was never stopped: the same losses, to the bit, and the same file."""
 
 from __future__ import annotations
 
@@ -64,16 +64,15 @@ def let_collators_draw(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("at", "task", "train_settings"),
+    ("at", "task", "train_settings", "drawing"),
     [
-        (3, "text-classification", {}),  # in the first epoch
-        (5, "text-classification", {}),  # at its end
-        (8, "text-classification", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),  # in the second
-        (7, "masked-lm", {"lr_scheduler_type": "cosine", "weight_decay": 0.1}),
-        (7, "text-classification", {"dataloader_num_workers": 0}),
+        (3, "text-classification", {}, False),  # in the first epoch
+        (5, "text-classification", {}, False),  # at its end
+        (8, "text-classification", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, False),
+        (7, "masked-lm", {"lr_scheduler_type": "cosine", "weight_decay": 0.1}, False),
+        (7, "text-classification", {}, True),
     ],
 )
-@pytest.mark.parametrize("drawing", [False, True], ids=["", "with a collator that draws"])
 def test_a_resumed_run_equals_the_unbroken_one(
     make_run: Callable[..., Run],
     monkeypatch: pytest.MonkeyPatch,
@@ -82,8 +81,6 @@ def test_a_resumed_run_equals_the_unbroken_one(
     train_settings: dict[str, Any],
     drawing: bool,
 ) -> None:
-    if drawing and (task != "text-classification" or at != 7):
-        pytest.skip("one case is enough")
     if drawing:  # what transformers' own resume gets wrong: batches are fetched before the random states are restored
         let_collators_draw(monkeypatch)
     unbroken = make_run("unbroken", train_settings, task=task)
@@ -91,7 +88,9 @@ def test_a_resumed_run_equals_the_unbroken_one(
     whole = train(unbroken, progress=False)
     with monkeypatch.context() as patch:
         press_ctrl_c_at(patch, at)
-        with pytest.raises(Interrupted, match=rf"stopped at step {at} of 15, with a checkpoint; go on with: inlay train --resume"):
+        with pytest.raises(
+            Interrupted, match=rf"stopped at step {at} of 15, with a checkpoint; go on with: inlay train --resume"
+        ):
             train(broken, progress=False)
     assert [step_of(path) for path in checkpoints(Path(broken.out) / "checkpoints")] == [at]
     torch.manual_seed(99)  # a fresh process would not have these states either
@@ -110,7 +109,7 @@ def test_a_checkpoint_holds_no_base_weights(make_run: Callable[..., Run], tiny_m
     [last] = checkpoints(Path(run.out) / "checkpoints")
     assert step_of(last) == 15
     names = set(load_file(last / "adapter_model.safetensors"))
-    assert all("lora_" in name or "classifier" in name for name in names)
+    assert all(any(part in name for part in ("lora_", "classifier", "pooler")) for name in names)
     assert not list(Path(run.out).rglob("model.safetensors"))
     base = (tiny_model / "model.safetensors").stat().st_size
     assert (last / "adapter_model.safetensors").stat().st_size < base / 2

@@ -141,7 +141,7 @@ def targets_from_peft(config: Mapping[str, Any]) -> dict[str, Any]:
         within = "" if isinstance(names, str) else _layers(config)
         patterns.append(f"{f'(?!(?:{left_out})$)' if left_out else ''}{within}{_names(names)}{MULTIHEAD}")
     if parameters:
-        patterns.append(_names([re.sub(r"\.weight$", "", name) for name in parameters]) + r"(?:\.weight)?")
+        patterns.append(_names(parameters))
     if not patterns:
         raise ConfigError("this adapter_config.json names no target_modules, so there is nothing to attach")
     return {"targets": ["re:" + "|".join(patterns)]}
@@ -209,9 +209,11 @@ def brought_parameters(
         if parameter is None or named or (name.endswith("bias") and config.get("bias", "none") != "none"):
             rest[key] = tensor
         elif parameter.shape != tensor.shape:
+            resize = f"; resize it first (model.resize_token_embeddings({tensor.shape[0]}))"
             raise BaseModelError(
-                f"the adapter file brings its own {name} of shape {tuple(tensor.shape)}, and here it is "
-                f"{tuple(parameter.shape)}: resize the base first (model.resize_token_embeddings({tensor.shape[0]}))"
+                f"the adapter file brings its own {name} of shape {tuple(tensor.shape)}, and this base has one of "
+                f"{tuple(parameter.shape)}: it was made for another base, or for this one resized"
+                f"{resize if tensor.shape[1:] == parameter.shape[1:] else ''}"
             )
         elif not torch.equal(parameter.detach().cpu(), tensor.to(parameter.dtype)):
             rest[f"{PREFIX}{name}"] = tensor

@@ -71,6 +71,13 @@ class TrainableTokens(Method):
             assert isinstance(piece, TokenRows)
             piece.rides = adapter is not None and self.rides_with(adapter.methods)
 
+    def import_(self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
+        """peft repeats the rows for each tied place; only those of the embedding count, the others may be missing."""
+        super().import_([(s, piece) for s, piece in pieces if isinstance(piece, TokenRows) and piece.owner], tensors, extra)
+        for site, piece in pieces:
+            for name in piece.file_tensors():
+                tensors.pop(self.file_key(site, name), None)
+
     def rides_with(self, methods: Sequence[Method]) -> bool:
         return any(method.peft_type == "LORA" for method in methods)
 
@@ -156,9 +163,9 @@ class TokenRows(Piece):
         return weight.index_copy(0, self.token_indices, self.value.to(weight.dtype))
 
     def file_tensors(self) -> dict[str, Tensor]:
-        if not self.owner:
-            return {}
-        return {f"token_adapter.{DELTA}" if self.rides else DELTA: self.value}
+        if not self.rides:
+            return {DELTA: self.value}
+        return {f"token_adapter.{DELTA}": self.value} if self.owner else {}
 
 
 def _check_lookup(site: Site) -> None:

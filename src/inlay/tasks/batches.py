@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,6 +35,7 @@ class Padder:
     side: str = "right"
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """One batch of rows: tensors of (rows, longest), or (rows,) for columns of numbers."""
         names = [name for name in rows[0] if name not in self.drop]
         return {name: self._column(name, [row[name] for row in rows]) for name in names}
 
@@ -43,7 +45,8 @@ class Padder:
         longest, fill = max(len(cell) for cell in cells), self.pad[name]
         gaps = [[fill] * (longest - len(cell)) for cell in cells]
         left = self.side == "left"
-        return torch.tensor([gap + list(cell) if left else list(cell) + gap for cell, gap in zip(cells, gaps, strict=True)])
+        filled = [[*gap, *cell] if left else [*cell, *gap] for cell, gap in zip(cells, gaps, strict=True)]
+        return torch.tensor(filled)
 
 
 def padder(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, **pad: int) -> Padder:
@@ -68,11 +71,15 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_le
     """
     rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if rows is not None and len(tokenizer) > rows:
-        raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: they do not belong together")
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: they do not belong together"
+        )
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < max_length:
-        raise ConfigError(f"max_length={max_length} is more than the {positions} positions of this {model.config.model_type} "
-                          f"model: set task.max_length={positions} or less")  # fmt: skip
+        raise ConfigError(
+            f"max_length={max_length} is more than the {positions} positions of this {model.config.model_type} model: "
+            f"set task.max_length={positions} or less"
+        )
     if model.config.pad_token_id != tokenizer.pad_token_id and tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
 
@@ -95,18 +102,44 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def batches(
-    model: nn.Module, features: Dataset | list[dict[str, Any]], collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]], batch_size: int,
-    *, what: str, progress: bool,
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:  # fmt: skip
-    """(row numbers, batch on the model's device), rows of like length together so that little is padding."""
-    rows = features if isinstance(features, list) else features.to_list()
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
-    device = next(model.parameters()).device
-    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for group in track(groups, what, progress):
-        batch = collate([rows[index] for index in group])
-        yield group, {name: tensor.to(device) for name, tensor in batch.items()}
+def summed_loss(logits: Tensor, labels: Tensor) -> float:
+    """Cross-entropy of logits (…, classes) summed over the labels (…) that are not ignored, in nats."""
+    return functional.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    ).item()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One pass of rows through a model: what it needs beside the rows."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+    progress: bool
+    what: str
+    """The name of the pass, for its bar."""
+
+    @contextlib.contextmanager
+    def opened(self, max_length: int) -> Iterator[Pass]:
+        """The pass in eval mode without gradients, once tokenizer and lengths are known to fit the model."""
+        check_fit(self.model, self.tokenizer, max_length)
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {self.batch_size}")
+        with evaluating(self.model):
+            yield self
+
+    def batches(
+        self, features: Dataset | Sequence[dict[str, Any]], collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """(row numbers, batch on the model's device), rows of like length together so that little is padding."""
+        rows = features.to_list() if isinstance(features, Dataset) else features
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+        device = next(self.model.parameters()).device
+        groups = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        for group in track(groups, self.what, self.progress):
+            batch = collate([rows[index] for index in group])
+            yield group, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def track(items: list[T], what: str, enabled: bool) -> Iterable[T]:

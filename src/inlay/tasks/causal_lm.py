@@ -1,6 +1,6 @@
 """Causal language modelling: go on from a prompt, an instruction, a conversation, or plain text.
 
-    loss = mean cross-entropy of the learned tokens: those of completions and assistant turns (`completion_only`), or all
+    loss = mean cross-entropy of the learned tokens: those of completions and assistant turns, or all
 
 Rows are plain text (text), prompt/completion, source/target, instruction/input/target, or messages. A prompt and its
 completion are tokenised so that the prompt's tokens are exactly those that generation starts from. What is longer than
@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from datasets import Dataset
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from typing_extensions import override
 
 from inlay.errors import ConfigError, DataError
 from inlay.tasks import chat
 from inlay.tasks import columns as named_columns
-from inlay.tasks.batches import IGNORE, batches, check_fit, evaluating, length_limit, padder
+from inlay.tasks.batches import IGNORE, Pass, check_fit, length_limit, padder, summed_loss
 from inlay.tasks.chat import Segment
 from inlay.tasks.columns import texts
 from inlay.tasks.data import place, source_name
 from inlay.tasks.generation import generate
 from inlay.tasks.loading import load_pretrained
 from inlay.tasks.packing import check_packing, pack
-from inlay.tasks.prompts import ALIASES, default_template, guess_pair, need_references, prompts
+from inlay.tasks.prompts import ALIASES, default_template, guess_pair, need_references, prompts, references
 from inlay.tasks.task import Collator, Task
 from inlay.tasks.text_metrics import check, text_scores
 
@@ -45,7 +45,7 @@ class CausalLM(Task):
     max_length: int = 512
     """Tokens in an example at most, special tokens included."""
     prompt_template: str | None = None
-    """How a row becomes its prompt: "Question: {source}\\nAnswer: "; fields are roles or columns. None: by the columns."""
+    """How a row becomes its prompt, such as "Q: {source}\\nA: "; fields are roles or columns. None: by the columns."""
     completion_only: bool = True
     """Learn the completion (or the assistant's turns) only, not the prompt."""
     add_eos: bool = True
@@ -70,6 +70,7 @@ class CausalLM(Task):
 
     # -- from the data -----------------------------------------------------------------------------------------------
 
+    @override
     def guess(self, rows: Dataset) -> dict[str, str]:
         given = dict(self.columns)
         if "text" in given or "messages" in given:
@@ -85,23 +86,25 @@ class CausalLM(Task):
             raise named_columns.cannot_guess(rows, "target" if "target" not in given else "source")
         return {"text": named_columns.guess_text(rows)}
 
+    @override
     def complete(self, splits: Mapping[str, Dataset]) -> Self:
         task = self
         if self._style() == "pair" and self.prompt_template is None:
             task = dataclasses.replace(self, prompt_template=default_template(self.columns))
         if self._style() == "text" and self.metrics:
-            raise ConfigError(f"metrics={list(self.metrics)} need something to compare with, and the rows are plain text")
+            raise ConfigError(f"metrics={list(self.metrics)} compare with targets, and the rows are plain text")
         for split, rows in splits.items():
             task._prompts_read(rows)
             if self._style() == "pair" and (split != "test" or self.column("target") in rows.column_names):
                 need_references(rows, self.column("target"))
         return task
 
+    @override
     def details(self) -> str:
         return f"prompt: {self.prompt_template!r} (change with prompt_template)" if self._style() == "pair" else ""
 
     def _style(self) -> str:
-        """ "text", "messages" or "pair"."""
+        """What the rows are: "text", "messages" or "pair"."""
         for role in ("text", "messages"):
             if role in self.columns:
                 return role
@@ -121,11 +124,15 @@ class CausalLM(Task):
     # -- the model ---------------------------------------------------------------------------------------------------
 
     @property
+    @override
     def primary_metric(self) -> tuple[str, bool]:
         return ("loss", False)
 
+    @override
     def load_model(self, model: str | Path, **kwargs: Any) -> PreTrainedModel:
-        return load_pretrained(AutoModelForCausalLM, model, purpose=self.kind, new_head=False, fits=_looks_back_only, **kwargs)
+        return load_pretrained(
+            AutoModelForCausalLM, model, purpose=self.kind, new_head=False, fits=_looks_back_only, **kwargs
+        )
 
     # -- rows to examples --------------------------------------------------------------------------------------------
 
@@ -144,7 +151,7 @@ class CausalLM(Task):
         for index, messages in enumerate(chat.conversations(rows, self.column("messages"))):
             pieces = chat.segments(tokenizer, messages)
             if not pieces:
-                why = "has no assistant turn" if pieces == [] else "cannot be cut into turns by the tokenizer's chat template"
+                why = "has no assistant turn" if pieces == [] else "does not fit the tokenizer's chat template"
                 raise DataError(f"{place(rows, index)}: the conversation {why}; mend the row or leave it out")
             found.append(pieces)
         return found
@@ -169,6 +176,7 @@ class CausalLM(Task):
     def _ends_with_eos(self) -> bool:
         return self._style() != "messages"  # a chat template ends its turns by itself
 
+    @override
     def features(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, train: bool) -> Dataset:
         """input_ids, attention_mask and labels; with `packing` in training input_ids, position_ids and labels."""
         examples = self._examples(rows, tokenizer)
@@ -176,8 +184,9 @@ class CausalLM(Task):
             raise DataError(f"{source_name(rows)}: no row has two tokens or more to learn from")
         if train and self.packing:
             return Dataset.from_list(pack(examples, length_limit(tokenizer, self.max_length)))
-        return Dataset.from_list([{"attention_mask": [1] * len(example["input_ids"]), **example} for example in examples])
+        return Dataset.from_list([example | {"attention_mask": [1] * len(example["labels"])} for example in examples])
 
+    @override
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Collator:
         check_fit(model, tokenizer, self.max_length)
         if self.packing:
@@ -186,43 +195,43 @@ class CausalLM(Task):
 
     # -- results -----------------------------------------------------------------------------------------------------
 
-    def evaluate(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, batch_size: int = 32, progress: bool = False
-    ) -> dict[str, float]:
+    @override
+    def labelled(self, rows: Dataset) -> bool:
+        return self._style() != "pair" or references(rows, self.column("target")) is not None
+
+    @override
+    def scores(self, rows: Dataset, through: Pass) -> dict[str, float]:
         """loss (nats a learned token), perplexity, and the chosen text metrics."""
-        check_fit(model, tokenizer, self.max_length)
-        features, collate = self.features(rows, tokenizer, train=False), padder(tokenizer, model, labels=IGNORE)
+        features = self.features(rows, through.tokenizer, train=False)
         total, count = 0.0, 0
-        with evaluating(model):
-            for _, batch in batches(model, features, collate, batch_size, what="evaluating", progress=progress):
-                labels = batch.pop("labels")[:, 1:]
-                learned = labels != IGNORE
-                logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1]  # without soft prompts, if any
-                total += functional.cross_entropy(logits[learned].float(), labels[learned], reduction="sum").item()
-                count += int(learned.sum())
+        for _, batch in through.batches(features, padder(through.tokenizer, through.model, labels=IGNORE)):
+            labels = batch.pop("labels")[:, 1:]
+            learned = labels != IGNORE
+            logits = through.model(**batch).logits[:, -labels.shape[1] - 1 : -1]  # without soft prompts, if any
+            total += summed_loss(logits[learned].float(), labels[learned])
+            count += int(learned.sum())
         scores = {"loss": total / count, "perplexity": math.exp(min(total / count, 700.0))}
         if self.metrics:
-            found = self.predict(model, tokenizer, rows, batch_size=batch_size, progress=progress)
-            scores |= text_scores(self.metrics, [row["generation"] for row in found], self._expected(rows))
+            found = [row["generation"] for row in self.answers(rows, through)]
+            scores |= text_scores(self.metrics, found, self._expected(rows))
         return scores
 
-    def predict(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, batch_size: int = 32, progress: bool = False
-    ) -> list[dict[str, Any]]:
-        """{"prompt", "generation"} a row; conversations are answered from their last user turn on."""
-        check_fit(model, tokenizer, self.max_length)
-        starts, limit = self._prompts(rows, tokenizer), length_limit(tokenizer, self.max_length)
-        ids = [encode(tokenizer, [(start, False)], learn_all=False)[0][-limit:] for start in starts]
-        answers = generate(model, tokenizer, ids, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams,
-                           batch_size=batch_size, what="generating", progress=progress)  # fmt: skip
-        return [{"prompt": start, "generation": answer} for start, answer in zip(starts, answers, strict=True)]
+    @override
+    def answers(self, rows: Dataset, through: Pass) -> list[dict[str, Any]]:
+        """{"prompt", "generation"} a row; a conversation is answered where its last reply stands, or would stand."""
+        starts, limit = self._prompts(rows, through.tokenizer), length_limit(through.tokenizer, self.max_length)
+        ids = [encode(through.tokenizer, [(start, False)], learn_all=False)[0][-limit:] for start in starts]
+        found = generate(through, ids, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
+        return [{"prompt": start, "generation": text} for start, text in zip(starts, found, strict=True)]
 
     def _prompts(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         if self._style() == "text":
             return texts(rows, self.column("text"), "text")
         if self._style() == "messages":
-            return [chat.render(tokenizer, chat.before_reply(messages), reply=True)
-                    for messages in chat.conversations(rows, self.column("messages"))]  # fmt: skip
+            return [
+                chat.render(tokenizer, chat.before_reply(messages), reply=True)
+                for messages in chat.conversations(rows, self.column("messages"))
+            ]
         return prompts(rows, self.columns, self.prompt_template or default_template(self.columns))
 
     def _expected(self, rows: Dataset) -> list[list[str]]:
@@ -232,7 +241,9 @@ class CausalLM(Task):
         return need_references(rows, self.column("target"))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, segments: list[Segment], *, learn_all: bool) -> tuple[list[int], list[int]]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, segments: list[Segment], *, learn_all: bool
+) -> tuple[list[int], list[int]]:
     """(ids, labels) of text in pieces; labels of pieces that are not learned are ignored.
 
     Each piece is tokenised together with what stands before it, as long as that leaves the earlier tokens as they are.
@@ -242,9 +253,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, segments: list[Segment], *, learn
     labels += [IGNORE] * len(ids)
     for piece, learned in segments:
         text += piece
-        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         fits = whole[: len(written)] == written
-        fresh = whole[len(written) :] if fits else tokenizer(piece, add_special_tokens=False)["input_ids"]
+        alone = [] if fits else tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        fresh = whole[len(written) :] if fits else alone
         written += fresh
         ids += fresh
         labels += fresh if learned or learn_all else [IGNORE] * len(fresh)
@@ -252,7 +264,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, segments: list[Segment], *, learn
 
 
 def cut_at(labels: list[int], limit: int) -> int:
-    """Where to begin so that at most `limit` tokens follow: the prompt loses its beginning first, but keeps a quarter."""
+    """Where to begin so that `limit` tokens follow: the prompt loses its beginning first, but keeps a quarter."""
     first = next((index for index, label in enumerate(labels) if label != IGNORE), 0)
     return max(0, min(len(labels) - limit, first - limit // 4))
 
@@ -261,10 +273,10 @@ def _leading(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The begin-of-text token, where the tokenizer puts one and the text (a chat template's) does not have it yet."""
     bos = tokenizer.bos_token_id
     puts_one = bos is not None and tokenizer("").input_ids[:1] == [bos]
-    return [] if not puts_one or text.startswith(str(tokenizer.bos_token)) else [int(bos)]  # type: ignore[arg-type]
+    return [] if not puts_one or text.startswith(str(tokenizer.bos_token)) else [int(bos)]
 
 
 def _looks_back_only(model: PreTrainedModel) -> bool:
-    """False for encoders that transformers loads as language models although they see both sides (BERT without is_decoder)."""
+    """False for encoders that transformers loads as language models although they see both sides (BERT, say)."""
     both = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return not (both and getattr(model.config, "is_decoder", True) is False)

@@ -15,14 +15,24 @@ Message = dict[str, str]
 Segment = tuple[str, bool]
 """A piece of text, and whether its tokens are learned."""
 
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
-          "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # fmt: skip
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
 
 
 def conversations(rows: Dataset, column: str) -> list[list[Message]]:
     """The messages of every row as {"role", "content"}; ShareGPT's {"from", "value"} are brought to that form."""
-    return [[_message(message, rows, index, column) for message in _list(cell, rows, index, column)]
-            for index, cell in enumerate(values(rows, column, "messages"))]  # fmt: skip
+    return [
+        [_message(message, rows, index, column) for message in _list(cell, rows, index, column)]
+        for index, cell in enumerate(values(rows, column, "messages"))
+    ]
 
 
 def before_reply(messages: list[Message]) -> list[Message]:
@@ -58,14 +68,18 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, reply
     if tokenizer.chat_template:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply))
     eos = tokenizer.eos_token or ""
-    lines = [f"{message['role'].capitalize()}: {message['content']}{eos if message['role'] == 'assistant' else ''}\n"
-             for message in messages]  # fmt: skip
+    lines = [
+        f"{message['role'].capitalize()}: {message['content']}{eos if message['role'] == 'assistant' else ''}\n"
+        for message in messages
+    ]
     return "".join(lines) + ("Assistant:" if reply else "")
 
 
 def _list(cell: Any, rows: Dataset, index: int, column: str) -> list[Any]:
     if not isinstance(cell, list) or not cell:
-        raise DataError(f"{place(rows, index)}: the messages (column {column!r}) are empty; fill them or leave the row out")
+        raise DataError(
+            f"{place(rows, index)}: the messages (column {column!r}) are empty; fill them or leave the row out"
+        )
     return cell
 
 
@@ -75,6 +89,8 @@ def _message(message: Any, rows: Dataset, index: int, column: str) -> Message:
     if not isinstance(role, str) or not isinstance(content, str) or not content.strip():
         raise DataError(f"{place(rows, index)}: a message in column {column!r} lacks its role or content: {message!r}")
     if role.lower() not in _ROLES:
-        raise DataError(f"{place(rows, index)}: a message has the role {role!r}{did_you_mean(role, _ROLES)}; "
-                        f"roles: {', '.join(_ROLES)}")  # fmt: skip
+        raise DataError(
+            f"{place(rows, index)}: a message has the role {role!r}{did_you_mean(role, _ROLES)}; "
+            f"roles: {', '.join(_ROLES)}"
+        )
     return {"role": _ROLES[role.lower()], "content": content}

@@ -11,18 +11,86 @@ from datasets import List as ListFeature
 from inlay.errors import ConfigError, DataError, did_you_mean
 from inlay.tasks.data import place, source_name
 
-TEXT = ("text", "sentence", "review", "content", "utterance", "tweet", "comment", "query", "headline", "title",
-        "document", "body", "message", "question", "sentence1", "premise", "input")  # fmt: skip
-LABEL = ("label", "labels", "class", "category", "intent", "sentiment", "emotion", "stance", "topic", "gold_label",
-         "target", "y", "score", "similarity", "similarity_score", "rating", "stars")  # fmt: skip
-PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence"),
-         ("question", "passage"), ("query", "passage"), ("query", "document"), ("question", "answer"),
-         ("text1", "text2"), ("text_a", "text_b"), ("text", "text_pair"), ("sentence_a", "sentence_b"))  # fmt: skip
+TEXT = (
+    "text",
+    "sentence",
+    "review",
+    "content",
+    "utterance",
+    "tweet",
+    "comment",
+    "query",
+    "headline",
+    "title",
+    "document",
+    "body",
+    "message",
+    "question",
+    "sentence1",
+    "premise",
+    "input",
+)
+LABEL = (
+    "label",
+    "labels",
+    "class",
+    "category",
+    "intent",
+    "sentiment",
+    "emotion",
+    "stance",
+    "topic",
+    "gold_label",
+    "target",
+    "y",
+    "score",
+    "similarity",
+    "similarity_score",
+    "rating",
+    "stars",
+)
+PAIRS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("query", "passage"),
+    ("query", "document"),
+    ("question", "answer"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("text", "text_pair"),
+    ("sentence_a", "sentence_b"),
+)
 TOKENS = ("tokens", "words", "token", "word")
 TAGS = ("tags", "ner_tags", "labels", "label", "pos_tags", "tag", "ner", "upos")
-SOURCE = ("source", "prompt", "document", "article", "question", "dialogue", "input", "src", "meaning_representation", "text")
-TARGET = ("target", "targets", "completion", "response", "output", "summary", "highlights", "answer", "reference",
-          "references", "tgt", "label")  # fmt: skip
+SOURCE = (
+    "source",
+    "prompt",
+    "document",
+    "article",
+    "question",
+    "dialogue",
+    "input",
+    "src",
+    "meaning_representation",
+    "text",
+)
+TARGET = (
+    "target",
+    "targets",
+    "completion",
+    "response",
+    "output",
+    "summary",
+    "highlights",
+    "answer",
+    "reference",
+    "references",
+    "tgt",
+    "label",
+)
 MESSAGES = ("messages", "conversations", "conversation")
 _IDENTIFIERS = frozenset({"id", "idx", "index", "guid", "uid", "uuid", "row", "row_id"})
 
@@ -47,7 +115,9 @@ def text_columns(rows: Dataset, *, without: Iterable[str] = ()) -> list[str]:
 
 def list_columns(rows: Dataset, *, without: Iterable[str] = ()) -> list[str]:
     """Columns of lists, in their order."""
-    return [name for name, feature in rows.features.items() if isinstance(feature, ListFeature) and name not in set(without)]
+    return [
+        name for name, feature in rows.features.items() if isinstance(feature, ListFeature) and name not in set(without)
+    ]
 
 
 def other_columns(rows: Dataset, *, without: Iterable[str]) -> list[str]:
@@ -56,7 +126,7 @@ def other_columns(rows: Dataset, *, without: Iterable[str]) -> list[str]:
 
 
 def guess_text(rows: Dataset, *, without: Iterable[str] = ()) -> str:
-    """The column of texts: by its name, or else the one with the longest strings. Raises DataError when there is none."""
+    """The column of texts, by its name, or else the one with the longest. Raises DataError where there is none."""
     candidates = text_columns(rows, without=without)
     column = named(rows, TEXT, without=set(rows.column_names) - set(candidates))
     if column is None and not candidates:
@@ -68,15 +138,19 @@ def check_roles(columns: Mapping[str, str], roles: Sequence[str], kind: str) -> 
     """Raise ConfigError for a role that the task does not have."""
     for role in columns:
         if role not in roles:
-            raise ConfigError(f"{kind} has no column role {role!r}{did_you_mean(role, roles)}; roles: {', '.join(roles)}")
+            raise ConfigError(
+                f"{kind} has no column role {role!r}{did_you_mean(role, roles)}; roles: {', '.join(roles)}"
+            )
 
 
 def require(rows: Dataset, column: str, role: str) -> None:
     """Raise DataError when the rows have no such column, naming those that there are."""
     if column not in rows.column_names:
-        raise DataError(f"{source_name(rows)} has no column {column!r} (for the role {role})"
-                        f"{did_you_mean(column, rows.column_names)}; columns: {', '.join(rows.column_names)}. "
-                        f"Choose with --columns {role}=…")  # fmt: skip
+        raise DataError(
+            f"{source_name(rows)} has no column {column!r} (for the role {role})"
+            f"{did_you_mean(column, rows.column_names)}; columns: {', '.join(rows.column_names)}. "
+            f"Choose with --columns {role}=…"
+        )
 
 
 def parts(rows: Dataset, column: str) -> list[str]:
@@ -86,8 +160,10 @@ def parts(rows: Dataset, column: str) -> list[str]:
 
 def cannot_guess(rows: Dataset, role: str) -> DataError:
     """The error for a role that no column plays by its name or its content."""
-    return DataError(f"{source_name(rows)}: which column is the {role}? Columns: {', '.join(rows.column_names)}. "
-                     f"Say it with --columns {role}=…")  # fmt: skip
+    return DataError(
+        f"{source_name(rows)}: which column is the {role}? Columns: {', '.join(rows.column_names)}. "
+        f"Say it with --columns {role}=…"
+    )
 
 
 def values(rows: Dataset, column: str, role: str) -> list[Any]:
@@ -119,9 +195,12 @@ def texts(rows: Dataset, column: str, role: str, *, empty: bool = False) -> list
         elif empty and text is None:
             found[index] = ""
         elif not isinstance(text, str) or not (text.strip() or empty):
-            what = "null" if text is None else "empty" if isinstance(text, str) else f"a {type(text).__name__}, not a text"
-            raise DataError(f"{place(rows, index)}: the {role} (column {column!r}) is {what}; "
-                            f"fill it or leave the row out")  # fmt: skip
+            what = (
+                "null" if text is None else "empty" if isinstance(text, str) else f"a {type(text).__name__}, not a text"
+            )
+            raise DataError(
+                f"{place(rows, index)}: the {role} (column {column!r}) is {what}; fill it or leave the row out"
+            )
     return found
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, DatasetInfo, load_dataset, load_from_disk
@@ -22,7 +22,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
 }
 """The three splits and the names they go by."""
 
-Source = str | Path | Mapping[str, Any] | Dataset | DatasetDict
+Source: TypeAlias = "str | Path | Mapping[str, Any] | Dataset | DatasetDict"
 
 _SUFFIXES = frozenset(LINE_READERS) | {".parquet"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -35,7 +35,7 @@ def read_rows(source: Source, *, split: str | None = None) -> Dataset:
     Where the source has several splits, `split` says which. Raises DataError naming the file and line at fault.
     """
     splits = read_splits(source)
-    if split is not None and (isinstance(source, Mapping) or len(splits) > 1 or "train" not in splits):
+    if split is not None and (len(splits) > 1 or "train" not in splits):
         name = split_name(split)
         if name not in splits:
             raise DataError(f"{_shown(source)} has no split {split!r}; it has: {', '.join(splits)}")
@@ -67,7 +67,7 @@ def read_splits(source: Source) -> dict[str, Dataset]:
 
 
 def split_name(name: str) -> str:
-    """ "dev" → "validation" and so on. Raises DataError for a name that is none of them."""
+    """Validation for "dev", and so on. Raises DataError for a name that is none of them."""
     for canonical, names in SPLITS.items():
         if name.lower() in names:
             return canonical
@@ -143,8 +143,10 @@ def _folder(folder: Path) -> dict[str, Dataset]:
     splits: dict[str, Dataset] = {}
     for name, paths in found.items():
         if len(paths) > 1 and not all("-of-" in path.name for path in paths):
-            raise DataError(f"{folder} has {' and '.join(path.name for path in paths)}: which is the {name} split? "
-                            f"Name the files one by one, or keep one")  # fmt: skip
+            raise DataError(
+                f"{folder} has {' and '.join(path.name for path in paths)}: which is the {name} split? "
+                f"Name the files one by one, or keep one"
+            )
         splits[name] = _file(paths[0]) if len(paths) == 1 else _shards(paths)
     return _ordered(splits, str(folder))
 
@@ -154,20 +156,25 @@ def _shards(paths: list[Path]) -> Dataset:
 
 
 def _looks_like_hub_id(source: str) -> bool:
-    """ "owner/name" or "name", neither a file name by its suffix nor inside a folder that exists here."""
+    """Whether it is "owner/name" or "name", neither a file name by its suffix nor inside a folder that exists here."""
     if _HUB_ID.fullmatch(source) is None or data_suffix(Path(source)) in _SUFFIXES | UNSAFE:
         return False
     return not ("/" in source and Path(source).parent.is_dir())
 
 
 def _hub(name: str) -> dict[str, Dataset]:
-    offline = any(os.environ.get(key, "").lower() in ("1", "true", "yes", "on") for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))  # fmt: skip
+    offline = any(
+        os.environ.get(key, "").lower() in ("1", "true", "yes", "on")
+        for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    )
     try:
         loaded = load_dataset(name)
     except Exception as error:  # whatever the hub, the network or the cache raises, the user's answer is the same
         reason = "the hub is switched off by HF_HUB_OFFLINE" if offline else str(error).splitlines()[0]
-        raise DataError(f"there is no file or folder {name} here, and as a hub data set it cannot be had "
-                        f"({reason}){_neighbours(Path(name))}") from error  # fmt: skip
+        raise DataError(
+            f"there is no file or folder {name} here, and as a hub data set it cannot be had "
+            f"({reason}){_neighbours(Path(name))}"
+        ) from error
     if not isinstance(loaded, Mapping):
         return {"train": loaded}
     known = {split: rows for split, rows in loaded.items() if any(split in names for names in SPLITS.values())}

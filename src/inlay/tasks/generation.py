@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.errors import ConfigError
-from inlay.tasks.batches import Padder, batches, evaluating, pad_id
+from inlay.tasks.batches import Padder, Pass, pad_id
 
 
-def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], *,
-    max_new_tokens: int, num_beams: int = 1, batch_size: int, what: str, progress: bool,
-) -> list[str]:  # fmt: skip
+def generate(through: Pass, prompts: list[list[int]], *, max_new_tokens: int, num_beams: int = 1) -> list[str]:
     """The text that follows each prompt (given as token ids), without special tokens, in the order of the prompts."""
+    model, tokenizer = through.model, through.tokenizer
     decoder = not model.config.is_encoder_decoder
     if decoder:
         prompts = _within_positions(model, prompts, max_new_tokens)
@@ -25,22 +24,30 @@ def generate(
     settings = _settings(model, tokenizer, max_new_tokens, num_beams)
     rows: list[dict[str, Any]] = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in prompts]
     texts = [""] * len(rows)
-    with evaluating(model):
-        for indices, batch in batches(model, rows, collate, batch_size, what=what, progress=progress):
-            output: torch.Tensor = model.generate(**batch, generation_config=settings)  # type: ignore[assignment, operator]
-            fresh = output[:, batch["input_ids"].shape[1] :] if decoder else output
-            for index, text in zip(indices, tokenizer.batch_decode(fresh, skip_special_tokens=True), strict=True):
-                texts[index] = text
+    for indices, batch in dataclasses.replace(through, what="generating").batches(rows, collate):
+        output: torch.Tensor = model.generate(**batch, generation_config=settings)  # type: ignore[operator]
+        fresh = output[:, batch["input_ids"].shape[1] :] if decoder else output
+        for index, text in zip(indices, tokenizer.batch_decode(fresh, skip_special_tokens=True), strict=True):
+            texts[index] = text
     return texts
 
 
-def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, num_beams: int) -> GenerationConfig:
+def _settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, num_beams: int
+) -> GenerationConfig:
     """The model's own settings (its start and end tokens), made deterministic."""
-    settings = copy.deepcopy(model.generation_config) or GenerationConfig()
-    settings.update(
-        max_new_tokens=max_new_tokens, max_length=None, min_length=None, do_sample=False, num_beams=num_beams,
-        temperature=None, top_p=None, top_k=None, pad_token_id=pad_id(tokenizer),
-    )  # fmt: skip
+    settings = copy.deepcopy(model.generation_config) or GenerationConfig()  # type: ignore[no-untyped-call]
+    settings.update(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens,
+        max_length=None,
+        min_length=None,
+        do_sample=False,
+        num_beams=num_beams,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=pad_id(tokenizer),
+    )
     if settings.eos_token_id is None:
         settings.eos_token_id = tokenizer.eos_token_id
     return settings
@@ -53,6 +60,8 @@ def _within_positions(model: PreTrainedModel, prompts: list[list[int]], max_new_
         return prompts
     room = positions - max_new_tokens
     if room < 1:
-        raise ConfigError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the {positions} positions of "
-                          f"this {model.config.model_type} model: set a smaller number")  # fmt: skip
+        raise ConfigError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the {positions} positions of this "
+            f"{model.config.model_type} model: set a smaller number"
+        )
     return [ids[-room:] for ids in prompts]

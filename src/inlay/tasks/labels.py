@@ -24,7 +24,7 @@ def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
     distinct = sorted(set(names))
     numbers = [as_number(name) for name in distinct]
     if all(number is not None for number in numbers):
-        return tuple(name for _, name in sorted(zip(numbers, distinct, strict=True)))  # type: ignore[type-var]
+        return tuple(name for _, name in sorted(zip(numbers, distinct, strict=True)))
     return tuple(distinct)
 
 
@@ -39,7 +39,9 @@ def as_number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def check_known(found: Sequence[Iterable[str]], labels: Sequence[str], rows: Dataset, split: str, from_train: bool) -> None:
+def check_known(
+    found: Sequence[Iterable[str]], labels: Sequence[str], rows: Dataset, split: str, from_train: bool
+) -> None:
     """Raise DataError at the first row of `found` (names, row by row) with a label that is not among `labels`."""
     known = frozenset(labels)
     for index, names in enumerate(found):
@@ -47,5 +49,7 @@ def check_known(found: Sequence[Iterable[str]], labels: Sequence[str], rows: Dat
             if name not in known:
                 of = "the training rows have" if from_train else "the task has"
                 shown = ", ".join(labels[:12]) + (", …" if len(labels) > 12 else "")
-                raise DataError(f"{place(rows, index)}: the {split} label {name!r} is not one that {of}"
-                                f"{did_you_mean(name, labels)}; labels: {shown}")  # fmt: skip
+                raise DataError(
+                    f"{place(rows, index)}: the {split} label {name!r} is not one that {of}"
+                    f"{did_you_mean(name, labels)}; labels: {shown}"
+                )

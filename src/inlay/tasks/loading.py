@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ from inlay.errors import CheckpointError, ConfigError, did_you_mean
 
 Source = str | Path
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "tokenizer_config.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "tokenizer_config.json",
+)
 
 
 def load_tokenizer(model: Source, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -34,19 +42,29 @@ def load_tokenizer(model: Source, **kwargs: Any) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers raises a different class for nearly every cause
         missing = folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES)
         reason = "the folder has no tokenizer files" if missing else _reason(error)
-        raise ConfigError(f"no tokenizer can be loaded from {model}: {reason}. A folder from "
-                          f"tokenizer.save_pretrained(…), or at least its tokenizer.json, is needed") from error  # fmt: skip
+        raise ConfigError(
+            f"no tokenizer can be loaded from {model}: {reason}. A folder from "
+            f"tokenizer.save_pretrained(…), or at least its tokenizer.json, is needed"
+        ) from error
     if tokenizer.pad_token_id is None:
         spare = tokenizer.eos_token or tokenizer.unk_token
         if spare is None:
-            raise ConfigError(f"the tokenizer of {model} has neither a padding nor an end-of-text token: give it one "
-                              f"with tokenizer.add_special_tokens({{'pad_token': …}}) and save it again")  # fmt: skip
+            raise ConfigError(
+                f"the tokenizer of {model} has neither a padding nor an end-of-text token: give it one "
+                f"with tokenizer.add_special_tokens({{'pad_token': …}}) and save it again"
+            )
         tokenizer.pad_token = spare
     return tokenizer
 
 
 def load_pretrained(
-    auto: Any, model: Source, *, purpose: str, new_head: bool, fits: Callable[[PreTrainedModel], bool] | None = None, **kwargs: Any
+    auto: Any,
+    model: Source,
+    *,
+    purpose: str,
+    new_head: bool,
+    fits: Callable[[PreTrainedModel], bool] | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """`auto.from_pretrained(model)` with what is missing from the file looked at instead of warned about.
 
@@ -61,15 +79,19 @@ def load_pretrained(
                 str(folder), output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **kwargs
             )
     except SafetensorError as error:
-        raise CheckpointError(f"the weights of {model} are damaged ({_reason(error)}): fetch or write them again") from error
+        raise CheckpointError(
+            f"the weights of {model} are damaged ({_reason(error)}): fetch or write them again"
+        ) from error
     except Exception as error:
         raise _load_error(folder, model, purpose, error) from error
     fresh = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
     body = f"{loaded.base_model_prefix}."
     lost = [name for name in fresh if name.startswith(body) and ".pooler." not in name]
     if lost:
-        raise CheckpointError(f"the weights of {model} do not fit its config.json: {len(lost)} tensors are missing or of "
-                              f"another shape, {lost[0]} among them")  # fmt: skip
+        raise CheckpointError(
+            f"the weights of {model} do not fit its config.json: {len(lost)} tensors are missing or of "
+            f"another shape, {lost[0]} among them"
+        )
     if (fresh and not new_head) or (fits is not None and not fits(loaded)):
         found = f"{fresh[0]} and {len(fresh) - 1} more tensors are not in its file" if fresh else "it sees both sides"
         raise ConfigError(f"{model} ({loaded.config.model_type}) cannot do {purpose}: {found}")
@@ -85,13 +107,13 @@ def quiet() -> Iterator[None]:
     """Silence transformers' loading reports and bars; what matters in them is checked and raised instead."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _folder_or_hub_id(model: Source) -> Path:
@@ -112,13 +134,16 @@ def _folder_or_hub_id(model: Source) -> Path:
 def _load_error(folder: Path, model: Source, purpose: str, error: Exception) -> Exception:
     text = str(error)
     if "Unrecognized configuration class" in text:
-        kind = text.split("configuration_")[-1].split(".")[0] if "configuration_" in text else "such"
+        found = re.search(r"configuration_(\w+)\.", text)
+        kind = found[1] if found is not None else "such"
         return ConfigError(f"{model} cannot do {purpose}: transformers has no such head for {kind} models")
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         if pickles:
-            return CheckpointError(f"{model} has its weights only as {pickles[0]}, a pickle file, and reading a pickle "
-                                   f"runs code: it is refused. Convert it to model.safetensors")  # fmt: skip
+            return CheckpointError(
+                f"{model} has its weights only as {pickles[0]}, a pickle file, and reading a pickle "
+                f"runs code: it is refused. Convert it to model.safetensors"
+            )
         return CheckpointError(f"{model} has no weights: no model.safetensors lies in the folder")
     if not folder.is_dir():
         return ConfigError(f"there is no model folder {model}, and as a hub model it cannot be had ({_reason(error)})")

@@ -22,10 +22,11 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from inlay.errors import ConfigError, DataError
 from inlay.tasks import columns as named_columns
-from inlay.tasks.batches import IGNORE, Padder, batches, check_fit, evaluating, length_limit, padder
+from inlay.tasks.batches import IGNORE, Padder, Pass, check_fit, length_limit, padder, summed_loss
 from inlay.tasks.columns import texts
 from inlay.tasks.data import place
 from inlay.tasks.loading import load_pretrained, load_tokenizer
@@ -53,9 +54,11 @@ class MaskedLM(Task):
 
     # -- from the data -----------------------------------------------------------------------------------------------
 
+    @override
     def guess(self, rows: Dataset) -> dict[str, str]:
         return {"text": self.columns.get("text") or named_columns.guess_text(rows)}
 
+    @override
     def complete(self, splits: Mapping[str, Dataset]) -> Self:
         for rows in splits.values():
             texts(rows, self.column("text"), "text")
@@ -64,84 +67,91 @@ class MaskedLM(Task):
     # -- the model ---------------------------------------------------------------------------------------------------
 
     @property
+    @override
     def primary_metric(self) -> tuple[str, bool]:
         return ("loss", False)
 
+    @override
     def load_tokenizer(self, model: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = load_tokenizer(model)
         if tokenizer.mask_token_id is None:
             raise ConfigError(f"{model} cannot do {self.kind}: its tokenizer has no mask token")
         return tokenizer
 
+    @override
     def load_model(self, model: str | Path, **kwargs: Any) -> PreTrainedModel:
         return load_pretrained(AutoModelForMaskedLM, model, purpose=self.kind, new_head=self.new_head, **kwargs)
 
     # -- rows to batches to results ----------------------------------------------------------------------------------
 
+    @override
     def features(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, train: bool) -> Dataset:
         """Each text in pieces of at most `max_length` tokens, with a mask of the special ones; no labels yet."""
         encoded = tokenizer(
-            texts(rows, self.column("text"), "text"), truncation=True, max_length=length_limit(tokenizer, self.max_length),
-            return_overflowing_tokens=True, return_special_tokens_mask=True,
-        )  # fmt: skip
+            texts(rows, self.column("text"), "text"),
+            truncation=True,
+            max_length=length_limit(tokenizer, self.max_length),
+            return_overflowing_tokens=True,
+            return_special_tokens_mask=True,
+        )
         columns = {name: encoded[name] for name in encoded if name != "overflow_to_sample_mapping"}
         keep = [index for index, special in enumerate(columns["special_tokens_mask"]) if not all(special)]
         return Dataset.from_dict({name: [cells[index] for index in keep] for name, cells in columns.items()})
 
+    @override
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Collator:
         check_fit(model, tokenizer, self.max_length)
         return self._masker(tokenizer, model, each_row=False)
 
     def _masker(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, each_row: bool) -> Masker:
         return Masker(
-            padder(tokenizer, model, special_tokens_mask=1), mask_id=int(tokenizer.mask_token_id),  # type: ignore[arg-type]
-            vocabulary=len(tokenizer), probability=self.mask_probability, seed=self.seed, each_row=each_row,
-        )  # fmt: skip
+            padder(tokenizer, model, special_tokens_mask=1),
+            mask_id=int(tokenizer.mask_token_id),
+            vocabulary=len(tokenizer),
+            probability=self.mask_probability,
+            seed=self.seed,
+            each_row=each_row,
+        )
 
-    def evaluate(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, batch_size: int = 32, progress: bool = False
-    ) -> dict[str, float]:
+    @override
+    def scores(self, rows: Dataset, through: Pass) -> dict[str, float]:
         """loss, perplexity and accuracy over masks that depend on `seed` and each text alone, not on the batches."""
-        check_fit(model, tokenizer, self.max_length)
-        features, collate = self.features(rows, tokenizer, train=False), self._masker(tokenizer, model, each_row=True)
+        features = self.features(rows, through.tokenizer, train=False)
         total, right, count = 0.0, 0, 0
-        with evaluating(model):
-            for _, batch in batches(model, features, collate, batch_size, what="evaluating", progress=progress):
-                labels = batch.pop("labels")
-                chosen = labels != IGNORE
-                logits = model(**batch).logits[:, -labels.shape[1] :][chosen].float()  # without soft prompts, if any
-                total += functional.cross_entropy(logits, labels[chosen], reduction="sum").item()
-                right += int((logits.argmax(-1) == labels[chosen]).sum())
-                count += int(chosen.sum())
+        for _, batch in through.batches(features, self._masker(through.tokenizer, through.model, each_row=True)):
+            labels = batch.pop("labels")
+            chosen = labels != IGNORE
+            logits = (
+                through.model(**batch).logits[:, -labels.shape[1] :][chosen].float()
+            )  # without soft prompts, if any
+            total += summed_loss(logits, labels[chosen])
+            right += int((logits.argmax(-1) == labels[chosen]).sum())
+            count += int(chosen.sum())
         loss = total / count
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": right / count}
 
-    def predict(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, batch_size: int = 32, progress: bool = False
-    ) -> list[dict[str, Any]]:
+    @override
+    def answers(self, rows: Dataset, through: Pass) -> list[dict[str, Any]]:
         """The likeliest token for each mask written in the texts ("[MASK]", or the tokenizer's own mask token)."""
-        check_fit(model, tokenizer, self.max_length)
-        mask = str(tokenizer.mask_token)
+        tokenizer, model = through.tokenizer, through.model
+        mask, limit = str(tokenizer.mask_token), length_limit(tokenizer, self.max_length)
         given = texts(rows, self.column("text"), "text")
-        encoded = tokenizer([text.replace("[MASK]", mask) for text in given], truncation=True,
-                            max_length=length_limit(tokenizer, self.max_length))  # fmt: skip
+        spelled = [text.replace("[MASK]", mask) for text in given]
+        encoded = tokenizer(spelled, truncation=True, max_length=limit)
         for index, ids in enumerate(encoded["input_ids"]):
             if tokenizer.mask_token_id not in ids:
-                raise DataError(f"{place(rows, index)}: there is no {mask} to fill in (in the first {self.max_length} tokens)")
+                raise DataError(f"{place(rows, index)}: there is no {mask} to fill in (in the first {limit} tokens)")
         results: list[dict[str, Any]] = [{} for _ in given]
-        with evaluating(model):
-            for indices, batch in batches(model, Dataset.from_dict(dict(encoded)), padder(tokenizer, model), batch_size,
-                                          what="predicting", progress=progress):  # fmt: skip
-                logits = model(**batch).logits[:, -batch["input_ids"].shape[1] :].float()
-                for row, index in enumerate(indices):
-                    masked = batch["input_ids"][row] == tokenizer.mask_token_id
-                    scores, found = logits[row][masked].softmax(-1).max(-1)
-                    tokens = [tokenizer.decode([token]).strip() for token in found.tolist()]
-                    filled = given[index].replace("[MASK]", mask)
-                    for token in tokens:
-                        filled = filled.replace(mask, token, 1)
-                    fills = [{"token": token, "score": score} for token, score in zip(tokens, scores.tolist(), strict=True)]
-                    results[index] = {"text": given[index], "filled": filled, "fills": fills}
+        for indices, batch in through.batches(Dataset.from_dict(dict(encoded)), padder(tokenizer, model)):
+            logits = model(**batch).logits[:, -batch["input_ids"].shape[1] :].float()
+            for index, ids, row in zip(indices, batch["input_ids"], logits, strict=True):
+                scores, found = row[ids == tokenizer.mask_token_id].softmax(-1).max(-1)
+                tokens = [str(tokenizer.decode([token])).strip() for token in found.tolist()]
+                filled = spelled[index]
+                for token in tokens:
+                    filled = filled.replace(mask, token, 1)
+                fills = [{"token": token, "score": score} for token, score in zip(tokens, scores.tolist(), strict=True)]
+                results[index] = {"text": given[index], "filled": filled, "fills": fills}
         return results
 
 
@@ -157,14 +167,16 @@ class Masker:
     each_row: bool
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """One batch with "labels": the tokens to guess, everything else ignored."""
         batch = self.padder(rows)
         special = batch.pop("special_tokens_mask").bool()
         ids = batch["input_ids"]
         drawn = [self._draw([row["input_ids"]], ids.shape[1]) for row in rows] if self.each_row else None
         dice, fate, random = (
-            (torch.cat(parts) for parts in zip(*drawn, strict=True)) if drawn
+            (torch.cat(parts) for parts in zip(*drawn, strict=True))
+            if drawn
             else self._draw([row["input_ids"] for row in rows], ids.shape[1])
-        )  # fmt: skip
+        )
         dice = dice.masked_fill(special, 2.0)
         chosen = dice < self.probability
         lowest = torch.zeros_like(chosen).scatter(1, dice.argmin(1, keepdim=True), True)
@@ -180,7 +192,10 @@ class Masker:
         generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
         longest = max(len(row) for row in rows)
         size = (len(rows), longest)
-        numbers = (torch.rand(size, generator=generator), torch.rand(size, generator=generator),
-                   torch.randint(self.vocabulary, size, generator=generator))  # fmt: skip
+        numbers = (
+            torch.rand(size, generator=generator),
+            torch.rand(size, generator=generator),
+            torch.randint(self.vocabulary, size, generator=generator),
+        )
         dice, fate, random = (functional.pad(tensor, (0, width - longest)) for tensor in numbers)
         return dice, fate, random

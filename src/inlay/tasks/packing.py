@@ -62,5 +62,7 @@ def check_packing(model: PreTrainedModel) -> None:
         alone = model(input_ids=row[:, 4:], position_ids=positions[:, 4:]).logits.float()
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 3e-2
     if packed.shape[1] != 8 or (packed[:, 4:] - alone).abs().max() > tolerance * alone.abs().max():
-        raise ConfigError(f"this {model.config.model_type} model, with what is attached to it, does not keep packed examples "
-                          f"apart: set task.packing=false")  # fmt: skip
+        raise ConfigError(
+            f"this {model.config.model_type} model, with what is attached to it, does not keep packed examples "
+            f"apart: set task.packing=false"
+        )

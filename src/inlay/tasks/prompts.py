@@ -56,13 +56,17 @@ def prompts(rows: Dataset, columns: Mapping[str, str], template: str) -> list[st
         column = columns.get(field, field)
         if field not in columns and field not in rows.column_names:
             options = [*columns, *rows.column_names]
-            raise ConfigError(f"prompt_template {template!r} has the field {field!r}{did_you_mean(field, options)}; "
-                              f"fields: {', '.join(dict.fromkeys(options))}")  # fmt: skip
+            raise ConfigError(
+                f"prompt_template {template!r} has the field {field!r}{did_you_mean(field, options)}; "
+                f"fields: {', '.join(dict.fromkeys(options))}"
+            )
         cells[field] = texts(rows, column, field, empty=field not in ("source", "instruction"))
     filled = []
     for index in range(len(rows)):
         row = {field: found[index] for field, found in cells.items()}
-        kept = [line.format_map(row) for line, fields in lines if not fields or any(row[field].strip() for field in fields)]
+        kept = [
+            line.format_map(row) for line, fields in lines if not fields or any(row[field].strip() for field in fields)
+        ]
         filled.append("".join(kept))
         if not filled[-1].strip():
             raise DataError(f"{place(rows, index)}: the prompt is empty; fill its columns or leave the row out")
@@ -80,8 +84,10 @@ def references(rows: Dataset, column: str) -> list[list[str]] | None:
         return [[text] for text in texts(rows, column, "target")]
     for index, cell in enumerate(cells):
         if not cell or not all(isinstance(text, str) and text.strip() for text in cell):
-            raise DataError(f"{place(rows, index)}: the targets (column {column!r}) are empty or hold an empty text; "
-                            f"fill them or leave the row out")  # fmt: skip
+            raise DataError(
+                f"{place(rows, index)}: the targets (column {column!r}) are empty or hold an empty text; "
+                f"fill them or leave the row out"
+            )
     return cells
 
 
@@ -89,7 +95,9 @@ def need_references(rows: Dataset, column: str) -> list[list[str]]:
     """`references`, or DataError where there are none."""
     found = references(rows, column)
     if found is None:
-        raise DataError(f"{source_name(rows)} has no targets (column {column!r}); columns: {', '.join(rows.column_names)}")
+        raise DataError(
+            f"{source_name(rows)} has no targets (column {column!r}); columns: {', '.join(rows.column_names)}"
+        )
     return found
 
 
@@ -97,4 +105,6 @@ def _fields(template: str) -> list[str]:
     try:
         return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise ConfigError(f"prompt_template {template!r} cannot be read ({error}); write {{{{ and }}}} for braces") from error
+        raise ConfigError(
+            f"prompt_template {template!r} cannot be read ({error}); write {{{{ and }}}} for braces"
+        ) from error

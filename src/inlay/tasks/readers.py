@@ -14,7 +14,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,14 +39,18 @@ def read_table(path: Path) -> pa.Table:
     """The rows of one file as an Arrow table. Raises DataError naming the file and, in text formats, the line."""
     suffix = data_suffix(path)
     if suffix in UNSAFE:
-        raise DataError(f"{path} is a {suffix} file, which may hold a pickle, and reading a pickle runs code: "
-                        f"it is refused. Save the rows as .jsonl, .csv or .parquet")  # fmt: skip
+        raise DataError(
+            f"{path} is a {suffix} file, which may hold a pickle, and reading a pickle runs code: "
+            f"it is refused. Save the rows as .jsonl, .csv or .parquet"
+        )
     if suffix == ".parquet":
         return _read_parquet(path)
     if suffix not in LINE_READERS:
         known = sorted([*LINE_READERS, ".parquet"])
-        raise DataError(f"{path} has a name that tells no format I know{did_you_mean(suffix, known)}; "
-                        f"formats: {', '.join(known)}, and any of these with .gz")  # fmt: skip
+        raise DataError(
+            f"{path} has a name that tells no format I know{did_you_mean(suffix, known)}; "
+            f"formats: {', '.join(known)}, and any of these with .gz"
+        )
     return _to_arrow(path, numbered_rows(path))
 
 
@@ -69,7 +73,7 @@ def line_of(path: Path, index: int) -> int | None:
 
 
 def _open(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -86,8 +90,10 @@ def _decode(path: Path, number: int, raw: bytes) -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} line {number} is not UTF-8 (byte 0x{raw[error.start]:02x} at column "
-                        f"{error.start + 1}): save the file as UTF-8") from error  # fmt: skip
+        raise DataError(
+            f"{path} line {number} is not UTF-8 (byte 0x{raw[error.start]:02x} at column "
+            f"{error.start + 1}): save the file as UTF-8"
+        ) from error
     return text.removeprefix("\ufeff") if number == 1 else text
 
 
@@ -103,8 +109,10 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
         except (json.JSONDecodeError, RecursionError) as error:
             cut = "" if text.endswith("\n") else ": the file seems cut in the middle of this line"
             shown = text.strip()
-            raise DataError(f"{path} line {number} is not JSON ({error}){cut}; it reads "
-                            f"{shown[:60] + '…' if len(shown) > 60 else shown!r}") from error  # fmt: skip
+            raise DataError(
+                f"{path} line {number} is not JSON ({error}){cut}; it reads "
+                f"{shown[:60] + '…' if len(shown) > 60 else shown!r}"
+            ) from error
         yield number, _object(path, number, row)
 
 
@@ -140,8 +148,10 @@ def _json_items(path: Path, text: str, at: int) -> Iterator[tuple[int, Row]]:
 
 def _object(path: Path, number: int, row: Any) -> Row:
     if not isinstance(row, dict):
-        raise DataError(f"{path} line {number} holds a JSON {type(row).__name__}; each row must be an object "
-                        f'such as {{"text": "…", "label": "…"}}')  # fmt: skip
+        raise DataError(
+            f"{path} line {number} holds a JSON {type(row).__name__}; each row must be an object "
+            f'such as {{"text": "…", "label": "…"}}'
+        )
     return row
 
 
@@ -165,7 +175,7 @@ def _tsv(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _undouble(cell: str) -> str:
-    """Undo CSV quoting in a cell that can only be the result of it: '"He said ""no"""' is 'He said "no"'."""
+    """Undo CSV quoting in a cell that can only be the result of it (doubled quotes inside of quotes)."""
     inside = cell[1:-1]
     quoted = len(cell) > 2 and cell[0] == cell[-1] == '"' and '""' in inside and '"' not in inside.replace('""', "")
     return inside.replace('""', '"') if quoted else cell
@@ -173,7 +183,7 @@ def _undouble(cell: str) -> str:
 
 def _delimited(path: Path, delimiter: str, *, quoted: bool) -> Iterator[tuple[int, Row]]:
     lines = (text for _, text in _lines(path))
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 KiB
     try:
         reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=quoted)
@@ -186,13 +196,16 @@ def _delimited(path: Path, delimiter: str, *, quoted: bool) -> Iterator[tuple[in
             if header is None:
                 header = _header(path, line, cells)
             elif len(cells) != len(header):
-                raise DataError(f"{path} line {line} has {len(cells)} cells where the header has {len(header)} "
-                                f"({', '.join(header)}): quote cells that hold {delimiter!r}, quotes or line ends")  # fmt: skip
+                raise DataError(
+                    f"{path} line {line} has {len(cells)} cells where the header has {len(header)} "
+                    f"({', '.join(header)}): quote cells that hold {delimiter!r}, quotes or line ends"
+                )
             else:
                 yield line, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise DataError(f"{path} line {begins} cannot be read as delimited text ({error}): "
-                        f"is a quote left open, or the file cut?") from error  # fmt: skip
+        raise DataError(
+            f"{path} line {begins} cannot be read as delimited text ({error}): is a quote left open, or the file cut?"
+        ) from error
     finally:
         csv.field_size_limit(limit)
 
@@ -273,6 +286,8 @@ def _misfit(path: Path, names: list[str], chunk: list[tuple[int, Row]], error: E
                 kinds.setdefault(type(value).__name__, line)
         if len(kinds) > 1 and set(kinds) != {"int", "float"}:
             (first, _), (second, line) = list(kinds.items())[:2]
-            return DataError(f"{path} line {line}: column {name!r} holds a {second} where earlier rows hold a {first}: "
-                             f"give the column one type")  # fmt: skip
+            return DataError(
+                f"{path} line {line}: column {name!r} holds a {second} where earlier rows hold a {first}: "
+                f"give the column one type"
+            )
     return DataError(f"{path}: rows do not fit into one table ({str(error).splitlines()[0]})")

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from datasets import Dataset
-from torch.nn import functional
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from inlay.errors import DataError
 from inlay.tasks import columns as named_columns
-from inlay.tasks.batches import IGNORE, batches, check_fit, evaluating, length_limit, padder
+from inlay.tasks.batches import IGNORE, Pass, check_fit, length_limit, padder, summed_loss
 from inlay.tasks.data import source_name
 from inlay.tasks.generation import generate
 from inlay.tasks.loading import load_pretrained
@@ -53,6 +53,7 @@ class Seq2Seq(Task):
 
     # -- from the data -----------------------------------------------------------------------------------------------
 
+    @override
     def guess(self, rows: Dataset) -> dict[str, str]:
         pair = guess_pair(rows, self.columns)
         if pair is None:
@@ -60,6 +61,7 @@ class Seq2Seq(Task):
             raise named_columns.cannot_guess(rows, "target" if has_source else "source")
         return pair
 
+    @override
     def complete(self, splits: Mapping[str, Dataset]) -> Self:
         task = dataclasses.replace(
             self,
@@ -72,6 +74,7 @@ class Seq2Seq(Task):
                 need_references(rows, self.column("target"))
         return task
 
+    @override
     def details(self) -> str:
         missing = [name for name in METRICS if name not in installed()]
         more = f"; for {' and '.join(missing)}: pip install 'inlay[{EXTRA}]'" if missing else ""
@@ -84,15 +87,18 @@ class Seq2Seq(Task):
     # -- the model ---------------------------------------------------------------------------------------------------
 
     @property
+    @override
     def primary_metric(self) -> tuple[str, bool]:
         chosen = self.metrics or ()
         return ("rougeL" if "rouge" in chosen else "bleu" if "bleu" in chosen else "exact_match", True)
 
+    @override
     def load_model(self, model: str | Path, **kwargs: Any) -> PreTrainedModel:
         return load_pretrained(AutoModelForSeq2SeqLM, model, purpose=self.kind, new_head=False, **kwargs)
 
     # -- rows to batches to results ----------------------------------------------------------------------------------
 
+    @override
     def features(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, train: bool) -> Dataset:
         """Tokenised sources and targets; in training one example for each of a row's targets, otherwise the first."""
         sources, several = self._sources(rows), references(rows, self.column("target"))
@@ -109,34 +115,33 @@ class Seq2Seq(Task):
             encoded["labels"] = tokenizer(text_target=targets, truncation=True, max_length=limit)["input_ids"]
         return Dataset.from_dict(encoded)
 
+    @override
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Collator:
         check_fit(model, tokenizer, max(self.max_length, self.max_target_length))
         return padder(tokenizer, model, labels=IGNORE)
 
-    def evaluate(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, batch_size: int = 32, progress: bool = False
-    ) -> dict[str, float]:
+    @override
+    def labelled(self, rows: Dataset) -> bool:
+        return references(rows, self.column("target")) is not None
+
+    @override
+    def scores(self, rows: Dataset, through: Pass) -> dict[str, float]:
         """loss (nats a token of the first target) and the text metrics of what is generated."""
         several = need_references(rows, self.column("target"))
-        features, collate = self.features(rows, tokenizer, train=False), self.collator(tokenizer, model)
+        features = self.features(rows, through.tokenizer, train=False)
         total, count = 0.0, 0
-        with evaluating(model):
-            for _, batch in batches(model, features, collate, batch_size, what="evaluating", progress=progress):
-                labels = batch["labels"]
-                logits = model(**batch).logits[:, -labels.shape[1] :].float()
-                total += functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum").item()
-                count += int((labels != IGNORE).sum())
-        found = self.predict(model, tokenizer, rows, batch_size=batch_size, progress=progress)
+        for _, batch in through.batches(features, padder(through.tokenizer, through.model, labels=IGNORE)):
+            labels = batch["labels"]
+            total += summed_loss(through.model(**batch).logits[:, -labels.shape[1] :].float(), labels)
+            count += int((labels != IGNORE).sum())
+        found = [row["generation"] for row in self.answers(rows, through)]
         chosen = installed() if self.metrics is None else self.metrics
-        return {"loss": total / count} | text_scores(chosen, [row["generation"] for row in found], several)
+        return {"loss": total / count} | text_scores(chosen, found, several)
 
-    def predict(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, batch_size: int = 32, progress: bool = False
-    ) -> list[dict[str, Any]]:
+    @override
+    def answers(self, rows: Dataset, through: Pass) -> list[dict[str, Any]]:
         """{"source", "generation"} a row."""
-        check_fit(model, tokenizer, self.max_length)
-        sources = self._sources(rows)
-        ids = tokenizer(sources, truncation=True, max_length=length_limit(tokenizer, self.max_length))["input_ids"]
-        found = generate(model, tokenizer, ids, max_new_tokens=self.max_target_length, num_beams=self.num_beams,
-                         batch_size=batch_size, what="generating", progress=progress)  # fmt: skip
+        sources, limit = self._sources(rows), length_limit(through.tokenizer, self.max_length)
+        ids = through.tokenizer(sources, truncation=True, max_length=limit)["input_ids"]
+        found = generate(through, ids, max_new_tokens=self.max_target_length, num_beams=self.num_beams)
         return [{"source": source, "generation": text} for source, text in zip(sources, found, strict=True)]

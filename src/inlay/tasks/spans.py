@@ -62,6 +62,6 @@ def span_scores(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]
 
 
 def close_labels(tags: Iterable[str]) -> tuple[str, ...]:
-    """The full BIO tag set of the entity types that occur: O, then B- and I- of each type in the order of their names."""
+    """The full BIO tag set of the entity types that occur: O, then B- and I- of each type by name."""
     kinds = sorted({tag.partition("-")[2] for tag in tags if tag != OUTSIDE})
     return (OUTSIDE, *(f"{letter}-{kind}" for kind in kinds for letter in "BI"))

@@ -26,14 +26,30 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from inlay.tasks.batches import Pass
+
 Batch = dict[str, "Tensor"]
 Collator = Callable[[list[dict[str, Any]]], "Batch"]
 
 PACKAGE = "inlay.tasks"
-SUPPORT = frozenset({
-    "batches", "chat", "columns", "data", "generation", "labels", "loading", "packing", "prompts", "readers", "spans",
-    "task", "text_metrics",
-})  # fmt: skip
+SUPPORT = frozenset(
+    {
+        "batches",
+        "chat",
+        "class_metrics",
+        "columns",
+        "data",
+        "generation",
+        "labels",
+        "loading",
+        "packing",
+        "prompts",
+        "readers",
+        "spans",
+        "task",
+        "text_metrics",
+    }
+)
 """Files beside the tasks that are none."""
 
 
@@ -109,8 +125,10 @@ class Task:
     def column(self, role: str) -> str:
         """The column that plays `role`. Raises ConfigError before `resolve`."""
         if role not in self.columns:
-            raise ConfigError(f"{self.kind} does not know its {role} column yet: call resolve(splits) first, "
-                              f"or give columns={{{role!r}: …}}")  # fmt: skip
+            raise ConfigError(
+                f"{self.kind} does not know its {role} column yet: call resolve(splits) first, "
+                f"or give columns={{{role!r}: …}}"
+            )
         return self.columns[role]
 
     # -- the model ---------------------------------------------------------------------------------------------------
@@ -145,15 +163,45 @@ class Task:
         raise NotImplementedError
 
     def evaluate(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, batch_size: int = 32, progress: bool = False
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Dataset,
+        *,
+        batch_size: int = 32,
+        progress: bool = False,
     ) -> dict[str, float]:
         """The task's metrics on rows that have labels. The model's training flags are left as they were."""
-        raise NotImplementedError
+        from inlay.tasks.batches import Pass
+
+        with Pass(model, tokenizer, batch_size, progress, "evaluating").opened(self.max_length) as through:
+            return self.scores(rows, through)
 
     def predict(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, batch_size: int = 32, progress: bool = False
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Dataset,
+        *,
+        batch_size: int = 32,
+        progress: bool = False,
     ) -> list[dict[str, Any]]:
         """One JSON-able result a row, in the order of the rows, which need no labels."""
+        from inlay.tasks.batches import Pass
+
+        with Pass(model, tokenizer, batch_size, progress, "predicting").opened(self.max_length) as through:
+            return self.answers(rows, through)
+
+    def labelled(self, rows: Dataset) -> bool:
+        """Whether the rows have what `evaluate` compares with; a published test split often has not."""
+        return True
+
+    def scores(self, rows: Dataset, through: Pass) -> dict[str, float]:
+        """What `evaluate` returns, by way of a pass through a model in eval mode."""
+        raise NotImplementedError
+
+    def answers(self, rows: Dataset, through: Pass) -> list[dict[str, Any]]:
+        """What `predict` returns, by way of a pass through a model in eval mode."""
         raise NotImplementedError
 
     # -- kept with a run ---------------------------------------------------------------------------------------------
@@ -178,7 +226,8 @@ TASKS: dict[str, type[Task]] = {}
 def kinds() -> list[str]:
     """Every task's kind, sorted. Imports no task, and no torch."""
     spec = importlib.util.find_spec(PACKAGE)
-    assert spec is not None and spec.submodule_search_locations is not None
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
     names = {module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)} - SUPPORT
     return sorted({name.replace("_", "-") for name in names} | set(TASKS))
 
@@ -199,7 +248,8 @@ def make_task(kind: str, **fields: Any) -> Task:
     known = [field.name for field in dataclasses.fields(cls)]
     for name in fields:
         if name not in known:
-            raise ConfigError(f"task {kind} has no field {name!r}{did_you_mean(name, known)}; it has: {', '.join(known)}")
+            near = did_you_mean(name, known)
+            raise ConfigError(f"task {kind} has no field {name!r}{near}; it has: {', '.join(known)}")
     return cls(**fields)
 
 
@@ -215,7 +265,7 @@ def check_fields(task: Task) -> None:
             object.__setattr__(task, field.name, tuple(str(item) for item in value))
         elif kind.startswith("Mapping"):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"task {task.kind}: {field.name} must be a mapping such as {{text: sentence}}, not {value!r}")
+                raise ConfigError(f"task {task.kind}: {field.name} must be a mapping (text: sentence), not {value!r}")
             object.__setattr__(task, field.name, {str(key): str(item) for key, item in value.items()})
         elif kind == "float" and isinstance(value, int) and not isinstance(value, bool):
             object.__setattr__(task, field.name, float(value))

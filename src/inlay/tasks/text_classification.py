@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from datasets import Dataset
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from inlay.errors import ConfigError, DataError, did_you_mean
 from inlay.tasks import columns as named_columns
-from inlay.tasks.batches import batches, check_fit, evaluating, length_limit, padder
+from inlay.tasks.batches import Pass, check_fit, length_limit, padder
+from inlay.tasks.class_metrics import multi_label_scores, regression_scores, single_label_scores
 from inlay.tasks.columns import parts, texts, values
 from inlay.tasks.data import place, source_name
 from inlay.tasks.labels import as_number, check_known, label_name, sort_labels
@@ -51,11 +51,14 @@ class TextClassification(Task):
         super().__post_init__()
         known = (SINGLE, MULTI, REGRESSION)
         if self.problem_type is not None and self.problem_type not in known:
-            raise ConfigError(f"problem_type {self.problem_type!r} is none of {', '.join(known)}"
-                              f"{did_you_mean(self.problem_type, known)}")  # fmt: skip
+            raise ConfigError(
+                f"problem_type {self.problem_type!r} is none of {', '.join(known)}"
+                f"{did_you_mean(self.problem_type, known)}"
+            )
 
     # -- from the data -----------------------------------------------------------------------------------------------
 
+    @override
     def guess(self, rows: Dataset) -> dict[str, str]:
         found = dict(self.columns)
         lower = {name.lower(): name for name in reversed(rows.column_names)}
@@ -80,6 +83,7 @@ class TextClassification(Task):
             found["label"] = left[0]
         return {role: found[role] for role in self.roles if role in found}
 
+    @override
     def complete(self, splits: Mapping[str, Dataset]) -> Self:
         for rows in splits.values():
             self._texts(rows)
@@ -87,13 +91,16 @@ class TextClassification(Task):
             task = self if self.problem_type else dataclasses.replace(self, problem_type=self._problem(splits))
         else:
             if "train" not in splits:
-                raise DataError("the labels come from the training rows, and there are none: give a train split, or labels=…")
+                raise DataError(
+                    "the labels come from the training rows, and there are none: give a train split, or labels=…"
+                )
             task = self._with_labels(splits["train"], self._problem(splits))
         for split, rows in splits.items():
             targets = task._targets(rows)
             if targets is None and split != "test":
-                column = named_columns.require(rows, task.column("label"), "label")
-                raise DataError(f"{source_name(rows)}: the {split} rows have no labels (column {column!r} is empty)")
+                raise DataError(
+                    f"{source_name(rows)}: the {split} rows have no labels (column {task.column('label')!r})"
+                )
             if targets is not None and task.problem_type != REGRESSION:
                 assert task.labels is not None
                 check_known(targets, task.labels, rows, split, from_train=self.labels is None)
@@ -130,6 +137,7 @@ class TextClassification(Task):
         names = tuple(found) if len(found) > 1 else named_columns.class_names(rows, found[0])
         return dataclasses.replace(task, labels=names or used)
 
+    @override
     def details(self) -> str:
         names = list(self.labels or ())
         shown = ", ".join(names[:12]) + (f", … ({len(names)} in all)" if len(names) > 12 else "")
@@ -161,8 +169,10 @@ class TextClassification(Task):
                 raise DataError(f"{place(rows, index)}: the label {cell!r} is not a number, which regression needs")
             return number
         if cell is None or (cell == "" and self.problem_type == SINGLE):
-            raise DataError(f"{place(rows, index)}: the label (column {self.column('label')!r}) is "
-                            f"{'null' if cell is None else 'empty'}; fill it or leave the row out")  # fmt: skip
+            raise DataError(
+                f"{place(rows, index)}: the label (column {self.column('label')!r}) is "
+                f"{'null' if cell is None else 'empty'}; fill it or leave the row out"
+            )
         if self.problem_type == SINGLE:
             if isinstance(cell, list):
                 raise DataError(f"{place(rows, index)}: the label is a list; set task.problem_type={MULTI}")
@@ -173,27 +183,40 @@ class TextClassification(Task):
 
     def _flags(self, rows: Dataset, names: list[str]) -> list[list[str]]:
         """Labels from one 0/1 column each."""
-        table = {name: [as_number(int(cell) if isinstance(cell, bool) else cell) for cell in rows[name][:]] for name in names}
+        table = {
+            name: [as_number(int(cell) if isinstance(cell, bool) else cell) for cell in rows[name][:]] for name in names
+        }
         for name, cells in table.items():
             wrong = next((index for index, cell in enumerate(cells) if cell not in (0.0, 1.0)), None)
             if wrong is not None:
-                raise DataError(f"{place(rows, wrong)}: label column {name!r} holds {rows[wrong][name]!r}; 0 or 1 is needed")
+                raise DataError(
+                    f"{place(rows, wrong)}: label column {name!r} holds {rows[wrong][name]!r}; 0 or 1 is needed"
+                )
         return [[name for name in names if table[name][index]] for index in range(len(rows))]
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
     @property
+    @override
     def primary_metric(self) -> tuple[str, bool]:
-        return {MULTI: ("micro_f1", True), REGRESSION: ("mse", False)}.get(self.problem_type or SINGLE, ("accuracy", True))
+        return {MULTI: ("micro_f1", True), REGRESSION: ("mse", False)}.get(
+            self.problem_type or SINGLE, ("accuracy", True)
+        )
 
+    @override
     def load_model(self, model: str | Path, **kwargs: Any) -> PreTrainedModel:
         names = self._resolved_labels()
         return load_pretrained(
-            AutoModelForSequenceClassification, model, purpose=self.kind, new_head=True,
-            num_labels=max(1, len(names)), problem_type=self.problem_type,
-            id2label=dict(enumerate(names)) or {0: "value"}, label2id={name: i for i, name in enumerate(names)} or {"value": 0},
+            AutoModelForSequenceClassification,
+            model,
+            purpose=self.kind,
+            new_head=True,
+            num_labels=max(1, len(names)),
+            problem_type=self.problem_type,
+            id2label=dict(enumerate(names)) or {0: "value"},
+            label2id={name: i for i, name in enumerate(names)} or {"value": 0},
             **kwargs,
-        )  # fmt: skip
+        )
 
     def _resolved_labels(self) -> tuple[str, ...]:
         if self.problem_type is None or (self.labels is None and self.problem_type != REGRESSION):
@@ -202,10 +225,10 @@ class TextClassification(Task):
 
     # -- rows to batches to results ----------------------------------------------------------------------------------
 
+    @override
     def features(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, train: bool) -> Dataset:
         names = self._resolved_labels()
-        encoded = dict(tokenizer(*self._texts(rows), truncation=True, max_length=length_limit(tokenizer, self.max_length)))
-        targets = self._targets(rows)
+        encoded, targets = self._encode(rows, tokenizer), self._targets(rows)
         if targets is None and train:
             raise DataError(f"{source_name(rows)} has no column {self.column('label')!r} to train on")
         if targets is not None and self.problem_type != REGRESSION:
@@ -217,80 +240,55 @@ class TextClassification(Task):
                 targets = [[float(name in found) for name in names] for found in targets]
         return Dataset.from_dict(encoded | ({} if targets is None else {"labels": targets}))
 
+    @override
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Collator:
         check_fit(model, tokenizer, self.max_length)
         return padder(tokenizer, model)
 
-    def _outputs(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, features: Dataset, batch_size: int, what: str, progress: bool
-    ) -> torch.Tensor:
+    def _encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        limit = length_limit(tokenizer, self.max_length)
+        return dict(tokenizer(*self._texts(rows), truncation=True, max_length=limit))
+
+    @override
+    def labelled(self, rows: Dataset) -> bool:
+        return self._targets(rows) is not None
+
+    def _outputs(self, features: Dataset, through: Pass) -> torch.Tensor:
         """Logits of every row, in the order of the rows: float32 (rows, classes)."""
         outputs = torch.empty(len(features), max(1, len(self._resolved_labels())))
-        collate = self.collator(tokenizer, model)
-        features = features.remove_columns([name for name in features.column_names if name == "labels"])
-        with evaluating(model):
-            for indices, batch in batches(model, features, collate, batch_size, what=what, progress=progress):
-                outputs[indices] = model(**batch).logits.float().cpu()
+        for indices, batch in through.batches(features, padder(through.tokenizer, through.model)):
+            batch.pop("labels", None)
+            outputs[indices] = through.model(**batch).logits.float().cpu()
         return outputs
 
-    def evaluate(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, batch_size: int = 32, progress: bool = False
-    ) -> dict[str, float]:
-        features = self.features(rows, tokenizer, train=False)
+    @override
+    def scores(self, rows: Dataset, through: Pass) -> dict[str, float]:
+        features = self.features(rows, through.tokenizer, train=False)
         if "labels" not in features.column_names:
-            raise DataError(f"{source_name(rows)} has no labels to evaluate against (column {self.column('label')!r})")
-        outputs = self._outputs(model, tokenizer, features, batch_size, "evaluating", progress)
-        targets = torch.tensor(features["labels"][:])
+            raise DataError(f"{source_name(rows)} has no labels to evaluate with (column {self.column('label')!r})")
+        outputs, targets = self._outputs(features, through), torch.tensor(features["labels"][:])
         if self.problem_type == REGRESSION:
-            return regression_metrics(outputs[:, 0].double().numpy(), targets.double().numpy())
+            return regression_scores(outputs[:, 0].double().numpy(), targets.double().numpy())
         if self.problem_type == MULTI:
             loss = functional.binary_cross_entropy_with_logits(outputs, targets.float()).item()
-            return {"loss": loss} | multi_label_metrics((outputs.sigmoid() >= self.threshold).int().numpy(), targets.int().numpy())
+            chosen = (outputs.sigmoid() >= self.threshold).int().numpy()
+            return {"loss": loss} | multi_label_scores(chosen, targets.int().numpy())
         loss = functional.cross_entropy(outputs, targets).item()
-        return {"loss": loss} | single_label_metrics(outputs.argmax(-1).numpy(), targets.numpy())
+        return {"loss": loss} | single_label_scores(outputs.argmax(-1).numpy(), targets.numpy())
 
-    def predict(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, batch_size: int = 32, progress: bool = False
-    ) -> list[dict[str, Any]]:
+    @override
+    def answers(self, rows: Dataset, through: Pass) -> list[dict[str, Any]]:
         names, inputs = self._resolved_labels(), self._texts(rows)
-        encoded = dict(tokenizer(*inputs, truncation=True, max_length=length_limit(tokenizer, self.max_length)))
-        outputs = self._outputs(model, tokenizer, Dataset.from_dict(encoded), batch_size, "predicting", progress)
+        outputs = self._outputs(Dataset.from_dict(self._encode(rows, through.tokenizer)), through)
         given = [dict(zip(("text", "text_pair"), cells, strict=False)) for cells in zip(*inputs, strict=True)]
         if self.problem_type == REGRESSION:
             return [row | {"value": value} for row, value in zip(given, outputs[:, 0].tolist(), strict=True)]
         if self.problem_type == MULTI:
-            scores = [dict(zip(names, line, strict=True)) for line in outputs.sigmoid().tolist()]
-            return [row | {"labels": [name for name, score in line.items() if score >= self.threshold], "scores": line}
-                    for row, line in zip(given, scores, strict=True)]  # fmt: skip
-        best, index = outputs.softmax(-1).max(-1)
-        found = zip(given, index.tolist(), best.tolist(), strict=True)
-        return [row | {"label": names[place_of], "score": score} for row, place_of, score in found]
-
-
-def single_label_metrics(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """accuracy, macro_f1 (mean over the classes that occur) and mcc (Matthews correlation) of class numbers (rows,)."""
-    return {
-        "accuracy": float(accuracy_score(true, predicted)),
-        "macro_f1": float(f1_score(true, predicted, average="macro", zero_division=0)),
-        "mcc": float(matthews_corrcoef(true, predicted)),
-    }
-
-
-def multi_label_metrics(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """micro_f1, macro_f1 and exact (share of rows whose whole set is right) of 0/1 matrices (rows, classes)."""
-    return {
-        "micro_f1": float(f1_score(true, predicted, average="micro", zero_division=0)),
-        "macro_f1": float(f1_score(true, predicted, average="macro", zero_division=0)),
-        "exact": float((true == predicted).all(-1).mean()),
-    }
-
-
-def regression_metrics(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """mse, and the Pearson and Spearman correlations, which are 0 where either side is constant."""
-    from scipy.stats import pearsonr, spearmanr
-
-    defined = len(true) > 1 and np.ptp(true) > 0 and np.ptp(predicted) > 0
-    mse = float(((predicted - true) ** 2).mean())
-    pearson = float(pearsonr(predicted, true).statistic) if defined else 0.0
-    spearman = float(spearmanr(predicted, true).statistic) if defined else 0.0
-    return {"loss": mse, "mse": mse, "pearson": pearson, "spearman": spearman}
+            lines = [dict(zip(names, line, strict=True)) for line in outputs.sigmoid().tolist()]
+            chosen = [[name for name, score in line.items() if score >= self.threshold] for line in lines]
+            return [
+                row | {"labels": found, "scores": line} for row, found, line in zip(given, chosen, lines, strict=True)
+            ]
+        best, classes = outputs.softmax(-1).max(-1)
+        found = zip(given, classes.tolist(), best.tolist(), strict=True)
+        return [row | {"label": names[number], "score": score} for row, number, score in found]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 from inlay.errors import ConfigError, MissingExtraError, did_you_mean
 
@@ -21,12 +22,16 @@ def check(metrics: Sequence[str]) -> None:
     """Raise ConfigError for a metric that does not exist, MissingExtraError for one whose library is not installed."""
     for name in metrics:
         if name not in METRICS:
-            raise ConfigError(f"there is no text metric {name!r}{did_you_mean(name, METRICS)}; metrics: {', '.join(METRICS)}")
+            raise ConfigError(
+                f"there is no text metric {name!r}{did_you_mean(name, METRICS)}; metrics: {', '.join(METRICS)}"
+            )
         if name not in installed():
             raise MissingExtraError(_LIBRARIES[name][1], EXTRA, f"the metric {name}")
 
 
-def text_scores(metrics: Sequence[str], predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+def text_scores(
+    metrics: Sequence[str], predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
     """The chosen metrics of predictions against one or more references each.
 
     exact_match in [0, 1], white space at the ends aside; rouge1, rouge2 and rougeL are mean F-measures in [0, 1], the
@@ -59,5 +64,5 @@ def _bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     from sacrebleu import corpus_bleu
 
     most = max(len(several) for several in references)
-    streams = [[several[index] if index < len(several) else None for several in references] for index in range(most)]
+    streams: list[list[Any]] = [[several[index] if index < len(several) else None for several in references] for index in range(most)]
     return float(corpus_bleu(list(predictions), streams).score)

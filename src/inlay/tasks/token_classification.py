@@ -11,15 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score
-from torch.nn import functional
 from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from inlay.errors import ConfigError, DataError
 from inlay.tasks import columns as named_columns
-from inlay.tasks.batches import IGNORE, batches, check_fit, evaluating, length_limit, padder
+from inlay.tasks.batches import IGNORE, Pass, check_fit, length_limit, padder, summed_loss
 from inlay.tasks.columns import values
 from inlay.tasks.data import place, source_name
 from inlay.tasks.labels import check_known, label_name, sort_labels
@@ -36,9 +35,9 @@ class TokenClassification(Task):
     roles: ClassVar[tuple[str, ...]] = ("tokens", "tags")
 
     labels: tuple[str, ...] | None = None
-    """The tags in the order of the model's outputs; collected from the training rows (B- and I- of each type) when None."""
+    """The tags in the order of the model's outputs; from the training rows (B- and I- of each type) when None."""
     scheme: str | None = None
-    """"bio" (spans, scored by span F1) or "plain" (one class a word, scored by accuracy); told from the tags when None."""
+    """'bio' (spans: span F1) or 'plain' (a class a word: accuracy); told from the tags when None."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +46,7 @@ class TokenClassification(Task):
 
     # -- from the data -----------------------------------------------------------------------------------------------
 
+    @override
     def guess(self, rows: Dataset) -> dict[str, str]:
         found = dict(self.columns)
         for role, names in (("tokens", named_columns.TOKENS), ("tags", named_columns.TAGS)):
@@ -58,17 +58,19 @@ class TokenClassification(Task):
                 found[role] = column or lists[0]
         return {role: found[role] for role in self.roles}
 
+    @override
     def complete(self, splits: Mapping[str, Dataset]) -> Self:
         task = self
         if self.labels is None:
             if "train" not in splits:
-                raise DataError("the tags come from the training rows, and there are none: give a train split, or labels=…")
-            tags = self._tags(splits["train"])
+                raise DataError("the tags come from the training rows, of which there are none: give a train split")
+            rows, column = splits["train"], self.column("tags")
+            tags = self._tags(rows)
             if tags is None:
-                raise DataError(f"{source_name(splits['train'])}: the tags column {self.column('tags')!r} is empty in every row")
+                raise DataError(f"{source_name(rows)}: the training rows have no tags (column {column!r})")
             used = {tag for row in tags for tag in row}
             scheme = self.scheme or ("bio" if is_span_scheme(used) else "plain")
-            names = named_columns.class_names(splits["train"], self.column("tags")) if scheme == "plain" else close_labels(used)
+            names = named_columns.class_names(rows, column) if scheme == "plain" else close_labels(used)
             task = dataclasses.replace(self, labels=names or sort_labels(used), scheme=scheme)
         elif self.scheme is None:
             task = dataclasses.replace(self, scheme="bio" if is_span_scheme(self.labels) else "plain")
@@ -82,6 +84,7 @@ class TokenClassification(Task):
                 check_known(tags, task.labels, rows, split, from_train=self.labels is None)
         return task
 
+    @override
     def details(self) -> str:
         return f"tags: {', '.join(self.labels or ())} ({self.scheme})"
 
@@ -92,8 +95,10 @@ class TokenClassification(Task):
         for index, words in enumerate(cells):
             if not isinstance(words, list) or not words or any(not isinstance(word, str) for word in words):
                 what = "empty" if not words else "not a list of strings"
-                raise DataError(f"{place(rows, index)}: the tokens (column {self.column('tokens')!r}) are {what}; "
-                                f"mend the row or leave it out")  # fmt: skip
+                raise DataError(
+                    f"{place(rows, index)}: the tokens (column {self.column('tokens')!r}) are {what}; "
+                    f"mend the row or leave it out"
+                )
         return cells
 
     def _tags(self, rows: Dataset) -> list[list[str]] | None:
@@ -105,8 +110,10 @@ class TokenClassification(Task):
         for index, (words, tags) in enumerate(zip(self._words(rows), values(rows, column, "tags"), strict=True)):
             if not isinstance(tags, list) or len(tags) != len(words) or any(tag is None for tag in tags):
                 found = f"{len(tags)} tags" if isinstance(tags, list) else f"tags {tags!r}"
-                raise DataError(f"{place(rows, index)}: {len(words)} tokens and {found} (column {column!r}); "
-                                f"each token needs one tag")  # fmt: skip
+                raise DataError(
+                    f"{place(rows, index)}: {len(words)} tokens and {found} (column {column!r}); "
+                    f"each token needs one tag"
+                )
             named.append([label_name(tag) for tag in tags])
         spans = self.scheme == "bio" or (self.scheme is None and is_span_scheme(tag for row in named for tag in row))
         return [to_bio(row) for row in named] if spans else named
@@ -114,9 +121,11 @@ class TokenClassification(Task):
     # -- the model ---------------------------------------------------------------------------------------------------
 
     @property
+    @override
     def primary_metric(self) -> tuple[str, bool]:
         return ("accuracy", True) if self.scheme == "plain" else ("f1", True)
 
+    @override
     def load_tokenizer(self, model: str | Path) -> PreTrainedTokenizerBase:
         """A tokenizer that keeps track of words; those that mark a word by the space before it are told to add one."""
         tokenizer = load_tokenizer(model)
@@ -126,12 +135,19 @@ class TokenClassification(Task):
             raise ConfigError(f"the tokenizer of {model} cannot tell words from sub-tokens (it is not a fast one)")
         return tokenizer
 
+    @override
     def load_model(self, model: str | Path, **kwargs: Any) -> PreTrainedModel:
         names = self._resolved_labels()
         return load_pretrained(
-            AutoModelForTokenClassification, model, purpose=self.kind, new_head=True, num_labels=len(names),
-            id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)}, **kwargs,
-        )  # fmt: skip
+            AutoModelForTokenClassification,
+            model,
+            purpose=self.kind,
+            new_head=True,
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
+            **kwargs,
+        )
 
     def _resolved_labels(self) -> tuple[str, ...]:
         if self.labels is None:
@@ -140,17 +156,20 @@ class TokenClassification(Task):
 
     # -- rows to batches to results ----------------------------------------------------------------------------------
 
-    def _encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], list[list[int | None]]]:
+    def _encode(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[dict[str, Any], list[list[int | None]]]:
         """Tokenised rows, and for each token the number of the word that it begins (None for all other tokens)."""
-        encoded = tokenizer(
-            self._words(rows), is_split_into_words=True, truncation=True, max_length=length_limit(tokenizer, self.max_length)
-        )
+        limit = length_limit(tokenizer, self.max_length)
+        encoded = tokenizer(self._words(rows), is_split_into_words=True, truncation=True, max_length=limit)
         firsts = []
         for index in range(len(rows)):
             words = encoded.word_ids(index)
-            firsts.append([word if word != before else None for before, word in zip([None, *words], words, strict=False)])
+            pairs = zip([None, *words], words, strict=False)
+            firsts.append([word if word != before else None for before, word in pairs])
         return dict(encoded), firsts
 
+    @override
     def features(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, train: bool) -> Dataset:
         encoded, firsts = self._encode(rows, tokenizer)
         tags = self._tags(rows)
@@ -160,57 +179,56 @@ class TokenClassification(Task):
             names = self._resolved_labels()
             check_known(tags, names, rows, "train" if train else "given", from_train=True)
             ids = {name: index for index, name in enumerate(names)}
-            encoded["labels"] = [
-                [IGNORE if word is None else ids[row[word]] for word in first] for first, row in zip(firsts, tags, strict=True)
-            ]
+            pairs = zip(firsts, tags, strict=True)
+            encoded["labels"] = [[IGNORE if word is None else ids[row[word]] for word in first] for first, row in pairs]
         return Dataset.from_dict(encoded)
 
+    @override
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Collator:
         check_fit(model, tokenizer, self.max_length)
         return padder(tokenizer, model, labels=IGNORE)
 
-    def _tag(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int, what: str, progress: bool
-    ) -> tuple[list[list[str]], int, tuple[float, int]]:
-        """Predicted tags of all words, how many words the model never saw, and (sum of losses, labels) where there are labels."""
-        names = self._resolved_labels()
-        features, (_, firsts) = self.features(rows, tokenizer, train=False), self._encode(rows, tokenizer)
-        words = [len(row) for row in self._words(rows)]
-        tagged = [[OUTSIDE if OUTSIDE in names else names[0]] * count for count in words]
-        total, count = 0.0, 0
-        with evaluating(model):
-            for indices, batch in batches(model, features, self.collator(tokenizer, model), batch_size, what=what, progress=progress):
-                labels = batch.pop("labels", None)
-                logits = model(**batch).logits.float()[:, -batch["input_ids"].shape[1] :]  # without soft prompts, if any
-                if labels is not None:
-                    total += functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum").item()
-                    count += int((labels != IGNORE).sum())
-                for index, best in zip(indices, logits.argmax(-1).tolist(), strict=True):
-                    for word, label in zip(firsts[index], best, strict=False):
-                        if word is not None:
-                            tagged[index][word] = names[label]
-        seen = sum(word is not None for row in firsts for word in row)
-        return tagged, sum(words) - seen, (total, count)
+    @override
+    def labelled(self, rows: Dataset) -> bool:
+        return self._tags(rows) is not None
 
-    def evaluate(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, batch_size: int = 32, progress: bool = False
-    ) -> dict[str, float]:
+    def _tagged(self, rows: Dataset, through: Pass) -> tuple[list[list[str]], int, float]:
+        """Tags of all words, how many words the model never saw, and the mean loss of those it saw (0 without tags)."""
+        names, tokenizer = self._resolved_labels(), through.tokenizer
+        features, (_, firsts) = self.features(rows, tokenizer, train=False), self._encode(rows, tokenizer)
+        found = [[OUTSIDE if OUTSIDE in names else names[0]] * len(words) for words in self._words(rows)]
+        total, count = 0.0, 0
+        for indices, batch in through.batches(features, padder(tokenizer, through.model, labels=IGNORE)):
+            labels = batch.pop("labels", None)
+            width = batch["input_ids"].shape[1]
+            logits = through.model(**batch).logits[:, -width:].float()  # without soft prompts, if any
+            if labels is not None:
+                total += summed_loss(logits, labels)
+                count += int((labels != IGNORE).sum())
+            for index, best in zip(indices, logits.argmax(-1).tolist(), strict=True):
+                for word, label in zip(firsts[index], best, strict=False):
+                    if word is not None:
+                        found[index][word] = names[label]
+        seen = sum(word is not None for row in firsts for word in row)
+        return found, sum(len(row) for row in found) - seen, total / max(count, 1)
+
+    @override
+    def scores(self, rows: Dataset, through: Pass) -> dict[str, float]:
         true = self._tags(rows)
         if true is None:
-            raise DataError(f"{source_name(rows)} has no tags to evaluate against (column {self.column('tags')!r})")
-        tagged, lost, (total, count) = self._tag(model, tokenizer, rows, batch_size, "evaluating", progress)
-        flat = [[tag for row in side for tag in row] for side in (tagged, true)]
-        scores = {"loss": total / max(count, 1), "accuracy": float(accuracy_score(flat[1], flat[0]))}
+            raise DataError(f"{source_name(rows)} has no tags to evaluate with (column {self.column('tags')!r})")
+        found, lost, loss = self._tagged(rows, through)
+        flat = [[tag for row in side for tag in row] for side in (found, true)]
+        scores = {"loss": loss, "accuracy": float(accuracy_score(flat[1], flat[0]))}
         if self.scheme == "plain":
             scores["macro_f1"] = float(f1_score(flat[1], flat[0], average="macro", zero_division=0))
         else:
-            scores |= span_scores(tagged, true)
+            scores |= span_scores(found, true)
         return scores | {"words_lost": float(lost)}
 
-    def predict(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, batch_size: int = 32, progress: bool = False
-    ) -> list[dict[str, Any]]:
+    @override
+    def answers(self, rows: Dataset, through: Pass) -> list[dict[str, Any]]:
         bare = rows.remove_columns([name for name in rows.column_names if name != self.column("tokens")])
-        tagged, _, _ = self._tag(model, tokenizer, bare, batch_size, "predicting", progress)
-        tagged = [to_bio(row) for row in tagged] if self.scheme == "bio" else tagged
+        found, _, _ = self._tagged(bare, through)
+        tagged = [to_bio(row) for row in found] if self.scheme == "bio" else found
         return [{"tokens": words, "tags": tags} for words, tags in zip(self._words(rows), tagged, strict=True)]

@@ -85,8 +85,8 @@ def whole_modules(model: Any, run: Run) -> list[str] | None:
         return None if run.modules_to_save is None else chosen
     if run.modules_to_save is not None:
         raise ConfigError(
-            f"modules_to_save={chosen} leaves out {', '.join(beside)}, which {run.model} has no weights for: random numbers "
-            "that would be others each time the adapter is loaded. Add it, or leave modules_to_save out"
+            f"modules_to_save={chosen} leaves out {', '.join(beside)}, which {run.model} has no weights for: random "
+            "numbers that would be others each time the adapter is loaded. Add it, or leave modules_to_save out"
         )
     return [*chosen, *beside]
 
