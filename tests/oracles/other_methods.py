@@ -46,7 +46,7 @@ def perturbed_peft(model: nn.Module, config: peft.PeftConfig) -> peft.PeftModel:
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
-                parameter += torch.randn_like(parameter) * 0.1
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return theirs
 
 

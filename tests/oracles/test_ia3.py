@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from oracles.against_peft import Case
+from oracles.against_peft import Case, randomise
 from oracles.other_methods import both_ways, ids, model, pairs_of_ids
 from torch import nn
 
@@ -112,10 +112,7 @@ def test_feed_forward_names_that_peft_would_confuse(tmp_path: Path) -> None:
     base = Confusing().eval()
     x = torch.randn(3, 4)
     ours = inlay.attach(base, IA3(targets="o,vo", feedforward="o"))
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            if parameter.requires_grad:
-                parameter += torch.randn_like(parameter)
+    randomise(ours)
     inlay.save(ours, tmp_path)
     expected = ours(x)
     inlay.detach(ours)

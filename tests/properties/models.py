@@ -1,16 +1,14 @@
-"""The hosts of the property matrix: tiny models of every kind, built once, copied for each test; and how to look at them.
+"""The hosts of the property matrix: tiny models of every kind, built once and copied for each test; how to look at them.
 
-Every parameter is random (biases and norms too), so that outputs are of the order of one and a piece that forgets a bias
-or a norm shows. No host has dropout: training mode computes what evaluation mode does.
+Every parameter is random (biases and norms too), so that outputs are of the order of one and a piece that forgets a
+bias or a norm shows. No host has dropout: training mode computes what evaluation mode does.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +112,32 @@ HOSTS = {
 }
 
 
+# (in, out) of every linear outside heads. Width 32, inner width 48, 2 layers, but for the last two. llama and mixtral have
+# 2 of 4 heads for keys and values; gpt2 has query, key and value in one; t5 has 6 attentions and 4 feed-forwards.
+SQUARE, FFN, GATED = [(32, 32)], [(32, 48), (48, 32)], [(32, 48), (32, 48), (48, 32)]
+GROUPED = [(32, 32), (32, 16), (32, 16), (32, 32)]
+MULTIHEAD = [(12, 36), (12, 12)]
+LINEARS = {
+    "bert": 2 * (4 * SQUARE + FFN) + SQUARE,
+    "llama": 2 * (GROUPED + GATED),
+    "gpt2": 2 * [(32, 96), (32, 32), *FFN],
+    "t5": 6 * 4 * SQUARE + 4 * FFN,
+    "vit": 2 * (4 * SQUARE + FFN),
+    "torch": 2 * [*MULTIHEAD, (12, 20), (20, 12)],
+    "plain": 3 * [*MULTIHEAD, (12, 16), (16, 12)] + [(12, 5)],
+}
+
+
+def total(shapes: list[tuple[int, int]], count: Callable[[int, int], int]) -> int:
+    """The sum of a formula over linears."""
+    return sum(count(*shape) for shape in shapes)
+
+
+def linears(count: Callable[[int, int], int]) -> dict[str, Any]:
+    """Claims of a method that sits at every linear and has `count(in, out)` parameters there."""
+    return {host: ("all-linear", total(shapes, count)) for host, shapes in LINEARS.items()}
+
+
 @functools.cache
 def _base(name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
@@ -140,7 +164,7 @@ def inputs(name: str) -> Inputs:
 
 @functools.cache
 def base_output(name: str, fused: bool = True) -> Tensor:
-    """What the bare host computes while it is frozen: torch chooses other kernels for weights that require gradients."""
+    """What the bare host computes, frozen: torch chooses other kernels for weights that require gradients."""
     return output(_base(name), name, fused)
 
 
@@ -154,8 +178,10 @@ def forward(model: nn.Module, name: str) -> Tensor:
 
 
 def output(model: nn.Module, name: str, fused: bool = True) -> Tensor:
-    """What the model computes, without gradients. `fused=False` keeps torch from its fused attention, which it leaves
-    anyway where pieces sit, and which rounds otherwise."""
+    """What the model computes, without gradients.
+
+    `fused=False` keeps torch from its fused attention, which rounds otherwise, and which it leaves where pieces sit.
+    """
     torch.backends.mha.set_fastpath_enabled(fused)
     try:
         with torch.no_grad():
@@ -241,12 +267,3 @@ def bits(tensor: Tensor) -> bytes:
 def base_bits(model: nn.Module) -> dict[str, bytes]:
     """The bits of everything that is not a piece."""
     return {key: bits(value) for key, value in model.state_dict().items() if "inlays" not in key.split(".")}
-
-
-@contextlib.contextmanager
-def quiet(*patterns: str) -> Iterator[None]:
-    """Ignore warnings that other libraries give by themselves, and nothing else."""
-    with warnings.catch_warnings():
-        for pattern in patterns:
-            warnings.filterwarnings("ignore", message=pattern)
-        yield

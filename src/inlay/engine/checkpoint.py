@@ -229,7 +229,7 @@ def load(
             compare(own["base"], base)
         if config.get("peft_type") != "INLAY":
             tensors, brought = brought_parameters(prefixed(tensors), base, saved, config)
-            saved = [*_present(saved, tensors, own), *brought]
+            saved = (*_present(saved, tensors, own), *brought)
             methods = methods if own else [_without_idle_overrides(method, base) for method in methods]
         _attach(model, methods, name, saved, config, folder)
         try:
@@ -353,8 +353,8 @@ def _fill(
     for key in found.keys() & tensors.keys():
         if found[key].is_floating_point() != tensors[key].is_floating_point():
             raise CheckpointError(
-                f"{folder / files.WEIGHTS}: {key!r} holds {tensors[key].dtype}, which cannot become {found[key].dtype}: "
-                "the file is damaged or not an adapter"
+                f"{folder / files.WEIGHTS}: {key!r} holds {tensors[key].dtype}, where {found[key].dtype} is needed: the "
+                "file is damaged, or not an adapter"
             )
     tensors = dict(tensors)
     for number, (method, placed) in enumerate(zip(adapter.methods, adapter.placed, strict=True)):

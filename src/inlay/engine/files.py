@@ -36,7 +36,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(_missing(folder))
     if path.stat().st_size > LARGEST_CONFIG:
-        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, which no adapter config needs: not one, or damaged")
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, which no adapter config needs: it is none")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
@@ -81,7 +81,7 @@ def read_tensors(folder: Path, name: str = WEIGHTS) -> tuple[dict[str, Tensor], 
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): it is truncated or damaged, copy or save it again") from None
+        raise CheckpointError(f"{path} cannot be read ({error}): it is damaged, copy or save it again") from None
 
 
 @contextlib.contextmanager
@@ -93,14 +93,18 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(f"the disk is full: could not write {path}; what was there before is untouched") from error
+            raise CheckpointError(f"the disk is full: {path} could not be written; what was there is intact") from error
         raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def write(folder: Path, config: Mapping[str, Any], files: Mapping[str, tuple[dict[str, Tensor], dict[str, str]]]) -> None:
+Contents = Mapping[str, tuple[dict[str, Tensor], dict[str, str]]]
+"""By file name, the tensors and metadata of safetensors files."""
+
+
+def write(folder: Path, config: Mapping[str, Any], files: Contents) -> None:
     """Write all files of an adapter, or none: at whatever moment this is killed, a reader finds the old or the new.
 
     They are written into a folder beside their places; renaming that folder is what makes the new ones count, and

@@ -13,7 +13,9 @@ from inlay.engine.adapters import find_adapters
 from inlay.engine.host import CHILD
 from inlay.errors import BaseModelError
 
-CONFIG_FACTS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+CONFIG_FACTS = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size",
+)  # fmt: skip
 SAMPLED, VALUES = 8, 4
 TOLERANCE = 2.0**-7
 """Relative; sampled weights may differ by a rounding to bfloat16 and still be the same model."""
@@ -29,9 +31,10 @@ def fingerprint(model: nn.Module, leave_out: frozenset[str] = frozenset()) -> di
     shapes = "\n".join(f"{name} {tuple(parameter.shape)}" for name, parameter in sorted(parameters.items()))
     packed = any(not parameter.is_floating_point() for parameter in parameters.values())
     config = getattr(model, "config", None)
+    facts = {fact: getattr(config, fact, None) for fact in CONFIG_FACTS}
     return {
         "class": type(model).__name__,
-        "config": {fact: getattr(config, fact) for fact in CONFIG_FACTS if isinstance(getattr(config, fact, None), int | str)},
+        "config": {fact: value for fact, value in facts.items() if isinstance(value, int | str)},
         "parameters": sum(parameter.numel() for parameter in parameters.values()),
         "shapes": None if packed else hashlib.sha256(shapes.encode()).hexdigest()[:16],
         "weights": {name: [list(parameters[name].shape), *_sample(parameters[name])] for name in _chosen(parameters)},
@@ -90,8 +93,9 @@ def compare(stored: Mapping[str, Any], model: nn.Module) -> None:
         )
     if not differences:
         for name, (_, *there) in stored["weights"].items():
-            if here[name].is_floating_point() and not here[name].is_meta and not _close(_sample(here[name]), there):
-                differences = [f"the weights of {name} differ ({_sample(here[name])[0]:.5g} here, {there[0]:.5g} there)"]
+            readable = here[name].is_floating_point() and not here[name].is_meta
+            if readable and not _close(ours := _sample(here[name]), there):
+                differences = [f"the weights of {name} differ ({ours[0]:.5g} here, {there[0]:.5g} there)"]
                 break
     if differences:
         raise BaseModelError(

@@ -17,7 +17,7 @@ def merged_parameters(model: nn.Module, adapters: Adapters) -> Merged:
     """By host path, the parameters that change. Sums are formed in fp32 and rounded once, to the base's dtype."""
     changed: Merged = {}
     for path, module, inlays in hosts(model):
-        _refuse_unmergeable(path, inlays, adapters)
+        _refuse_unmergeable(path, module, inlays, adapters)
         new: dict[str, Tensor | None] = {}
         if any(True for _ in inlays.pieces(adapters.state.active, None)):
             onion = inlays.call()
@@ -34,12 +34,18 @@ def merged_parameters(model: nn.Module, adapters: Adapters) -> Merged:
     return changed
 
 
-def _refuse_unmergeable(path: str, inlays: Inlays, adapters: Adapters) -> None:
+def _refuse_unmergeable(path: str, module: nn.Module, inlays: Inlays, adapters: Adapters) -> None:
     for piece in inlays.pieces(adapters.state.active, None):
+        weight = module._parameters.get("weight")
         if not piece.mergeable:
             raise UnsupportedError(
                 f"cannot merge: {type(piece).__name__} at {path or 'the model itself'} is not a change of the weights; "
                 "keep the adapter attached (its files load anywhere the base model does)"
+            )
+        if weight is None or not weight.is_floating_point():
+            stored = "recomputed at each call (parametrised)" if weight is None else f"quantised to {weight.dtype}"
+            raise UnsupportedError(
+                f"cannot merge into {path}, whose weight is {stored}: load the adapter on the plain base and merge there"
             )
 
 

@@ -128,8 +128,10 @@ def _wrapped(path: str, wrappers: Mapping[str, int], own: int) -> str:
 
 
 def targets_from_peft(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`targets` (and `exclude`) with the meaning of peft's target_modules, exclude_modules, modules_to_save,
-    layers_to_transform, layers_pattern and target_parameters: one pattern, since there unmatched names are allowed."""
+    """`targets` (and `exclude`) with the meaning of a peft config: one pattern, since there names may match nothing.
+
+    Read are target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern, target_parameters.
+    """
     names, parameters = config.get("target_modules"), config.get("target_parameters")
     left_out = _left_out(config)
     if isinstance(names, str) and names.lower() == "all-linear":
@@ -194,8 +196,8 @@ def brought_parameters(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The other tensors, and the modules of whole base parameters that peft wrote though no field says so.
 
-    Such are embeddings, which peft adds when they are adapted or were resized, and modules whose name merely ends in one
-    of modules_to_save. What the base has already is dropped; the rest is to be loaded as trained copies.
+    Such are embeddings, which peft adds when they are adapted or were resized, and modules whose name merely ends in
+    one of modules_to_save. What the base has already is dropped; the rest is to be loaded as trained copies.
     """
     own = {name: p for name, p in base.named_parameters(remove_duplicate=False) if "inlays" not in name.split(".")}
     rest: dict[str, Tensor] = {}

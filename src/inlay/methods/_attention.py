@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from inlay.engine.host import CHILD, base_class
+from inlay.engine.host import base_class
 from inlay.engine.piece import Piece
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.methods._prompts import named, parameters_of, position_table
+from inlay.methods._prompt_calls import named
+from inlay.methods._prompts import arguments_of, position_tables
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex
@@ -96,19 +96,19 @@ class PrefixAttention(Piece):
 class PositionShift(Piece):
     """On whatever turns positions into vectors: the text's positions begin after the prefix."""
 
-    def __init__(self, length: int, parameters: tuple[str, ...], positions: int | None, start: int) -> None:
+    def __init__(self, length: int, arguments: tuple[str, ...], positions: int | None, start: int) -> None:
         super().__init__()
         self.length = length
-        self.parameters_of_host = parameters
+        self.arguments = arguments
         self.positions = positions
         self.start = start
 
     def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = named(self.parameters_of_host, args, kwargs)
+        call = named(self.arguments, args, kwargs)
         first = next(iter(call))
         if call.get("position_ids") is not None:
             first = "position_ids"
-        elif "past_key_values_length" in self.parameters_of_host:
+        elif "past_key_values_length" in self.arguments:
             call["past_key_values_length"] = call.get("past_key_values_length", 0) + self.length
             return inner(**call)
         # What lies before the first position is no position: some models give it to padding.
@@ -301,16 +301,9 @@ def position_modules(model: nn.Module, sites: Iterable[Site]) -> Iterator[tuple[
     """(path, module, positions it has, the first) of all that turns the positions of these attentions' texts into vectors."""
     stacks = dict(stack_of(site, model) for site in sites)
     for path, stack in stacks.items():
-        if "input_ids" not in parameters_of(stack):  # images and sound have no positions to give way
+        if "input_ids" not in arguments_of(stack):  # images and sound have no positions to give way
             continue
-        positions, start = position_table(stack)
+        yield from position_tables(stack, path)
         for name, module in stack.named_modules(prefix=path):
-            if CHILD in name.split("."):
-                continue
-            if isinstance(module, nn.Embedding) and TABLE.search(name):
-                yield name, module, positions, start
-            elif "Rotary" in type(module).__name__ and "position_ids" in parameters_of(module):
+            if "Rotary" in type(module).__name__ and "position_ids" in arguments_of(module):
                 yield name, module, None, 0
-
-
-TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")

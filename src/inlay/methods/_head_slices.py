@@ -35,7 +35,7 @@ class HeadSlice(Piece):
         super().__init__()
         weight = site.weight.detach()
         if not weight.is_floating_point():
-            raise UnsupportedError(f"{site.name} holds {weight.dtype} codes (a quantised weight), which cannot be trained")
+            raise UnsupportedError(f"{site.name} holds {weight.dtype} codes (a quantised weight): it cannot be trained")
         self.axis = part.axis
         self.register_buffer("indices", torch.tensor(part.indices, device=weight.device), persistent=False)
         self.value = nn.Parameter(weight.index_select(part.axis, self.indices).to(trainable_dtype(weight.dtype)))

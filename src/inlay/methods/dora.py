@@ -68,7 +68,7 @@ class DoRAPiece(LoRAPiece):
         """m / ‖V‖, differentiable in m only; (out, 1…) for convolutions, whose input may lack the batch."""
         with torch.no_grad():
             norm = self.norm(inner.weight().to(self.magnitude.dtype) + self.delta())
-        factor = self.magnitude / norm
+        factor: Tensor = self.magnitude / norm
         return factor[0] if self.kind == "conv" else factor
 
     def forward(self, inner: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -83,8 +83,10 @@ class DoRAPiece(LoRAPiece):
 
     def weight(self, weight: Tensor) -> Tensor:
         direction = weight + self.delta()
-        factor = self.magnitude / self.norm(direction).detach()
-        return (factor if self.kind == "embedding" else factor.view(-1, *[1] * (direction.dim() - 1))) * direction
+        factor: Tensor = self.magnitude / self.norm(direction).detach()
+        if self.kind != "embedding":
+            factor = factor.view(-1, *[1] * (direction.dim() - 1))
+        return factor * direction
 
     def file_tensors(self) -> dict[str, Tensor]:
         return super().file_tensors() | {"lora_magnitude_vector": self.magnitude}

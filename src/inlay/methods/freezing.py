@@ -3,13 +3,13 @@
     W' = a copy of W that is trained       for the last k blocks, embeddings, roles, names, "re:…" patterns
     W'[rows, columns of head h] = V_h      for single attention heads; every other entry is the base's own bit
 
-With gradual unfreezing (ULMFiT: Howard & Ruder 2018, arXiv:1801.06146) training begins at the last of the chosen blocks,
-and the next one below joins after every `unfreeze_every` steps; embeddings come last, what lies outside the blocks and
-single heads are trained from the start. A controller counts the steps (`inlay.controllers`); if nobody calls it, nothing
-more unfreezes.
+With gradual unfreezing (ULMFiT: Howard & Ruder 2018, arXiv:1801.06146) training begins at the last of the chosen
+blocks, and the next one below joins after every `unfreeze_every` steps; embeddings come last, what lies outside the
+blocks and single heads are trained from the start. A controller counts the steps (`inlay.controllers`); if nobody calls
+it, nothing more unfreezes.
 
-Parameters: all of those chosen, each tied one once. One head of width d_h in a model of width d, with biases and with as
-many key-value heads as heads: 4 · d_h · d + 3 · d_h.
+Parameters: all of those chosen, each tied one once. One head of width d_h in a model of width d, with biases and with
+as many key-value heads as heads: 4 · d_h · d + 3 · d_h.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class GradualCopy(TrainedCopy):
 
 
 def _gradual(made: Sequence[tuple[Site, Piece]]) -> list[tuple[Site, Piece]]:
-    """The same copies, with their turns: blocks from the top, then embeddings; tied places wait for the last of them."""
+    """The same copies with their turns: blocks from the top, then embeddings; tied places wait for the last of them."""
     last = 1 + max((_below_top(site) for site, _ in made), default=0)
     depths: dict[int, int] = {}
     for site, piece in made:
@@ -147,8 +147,8 @@ class GradualUnfreezing(Controller):
     def after_step(self, optimizer: Optimizer) -> None:
         if not self.period:
             raise TrainingError(
-                f"PartialFineTuning(unfreeze_every={self.every}) is a share of the run, whose length is not known: call "
-                "the controller's prepare(total_steps) first, or give a number of steps"
+                f"PartialFineTuning(unfreeze_every={self.every}) is a share of the run, whose length is not known: "
+                "call the controller's prepare(total_steps) first, or give a number of steps"
             )
         self.step += 1
         self._refresh()

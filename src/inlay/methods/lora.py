@@ -116,7 +116,7 @@ class LoRA(Method):
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
         sites = [site for site in sites if site.parameter != "bias"]
-        here = {site: self.at(site) for site in sites}
+        here = {site: cast("LoRA", self.at(site)) for site in sites}
         if any(one.rank_stabilised != self.rank_stabilised for one in here.values()):
             raise UnsupportedError("HF peft has one use_rslora for all places")
         if any(site.kind == "conv" and not peft_can_convolve(site.module) for site in sites):
@@ -167,11 +167,11 @@ class LoRA(Method):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> list[Method]:
-        from inlay.engine.registry import method_class
+        from inlay.methods.dora import DoRA
+        from inlay.methods.trainable_tokens import TrainableTokens
 
-        if config.get("use_dora"):
-            return [method_class("dora")(**cls.fields_from_peft(config))]
-        return [cls(**cls.fields_from_peft(config))]
+        method = (DoRA if config.get("use_dora") else cls)(**cls.fields_from_peft(config))
+        return [method, *(TrainableTokens.from_lora(config) if config.get("trainable_token_indices") else [])]
 
 
 def peft_can_convolve(module: nn.Module) -> bool:
@@ -181,6 +181,8 @@ def peft_can_convolve(module: nn.Module) -> bool:
 
 class LoRAPiece(Piece):
     """A and B at one site. On a bare parameter it reads as W + s·BA; elsewhere it runs beside the host's call."""
+
+    lora_bias: nn.Parameter | None
 
     def __init__(self, method: LoRA, site: Site) -> None:
         super().__init__()
@@ -198,6 +200,12 @@ class LoRAPiece(Piece):
         self.register_buffer("start_A", a.clone() if keep else None)
         self.register_buffer("start_B", b.clone() if keep else None)
 
+    @property
+    def start(self) -> tuple[Tensor, Tensor] | None:
+        """A₀ and B₀, where their product is not zero."""
+        a, b = self._buffers["start_A"], self._buffers["start_B"]
+        return None if a is None or b is None else (a, b)
+
     def forward(self, inner: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = inner(x, *args, **kwargs)
         return y + (self.scale * self.change(inner.module, x)).to(y.dtype)
@@ -207,9 +215,7 @@ class LoRAPiece(Piece):
         if self.dropout and self.training and self.kind != "embedding":
             x = F.dropout(x, self.dropout)
         change = self._product(host, x, self.lora_A, self.lora_B, self.lora_bias)
-        if self.start_A is not None:
-            change = change - self._product(host, x, self.start_A, self.start_B)
-        return change
+        return change if self.start is None else change - self._product(host, x, *self.start)
 
     def _product(self, host: nn.Module, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.kind == "embedding":
@@ -223,8 +229,8 @@ class LoRAPiece(Piece):
         if not self.mergeable:
             raise UnsupportedError("this LoRA crosses the groups of its convolution, which no grouped weight can do")
         change = low_rank.delta(self.lora_A, self.lora_B, self.shape, input_last=self.input_last)
-        if self.start_A is not None:
-            change = change - low_rank.delta(self.start_A, self.start_B, self.shape)
+        if self.start is not None:
+            change = change - low_rank.delta(*self.start, self.shape)
         return self.scale * (change.T if self.kind == "embedding" else change)
 
     @property
@@ -242,10 +248,11 @@ class LoRAPiece(Piece):
     def file_tensors(self) -> dict[str, Tensor]:
         plain, table = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
         names = table if self.kind == "embedding" else plain
-        a, b = self.lora_A, self.lora_B
-        if self.start_A is not None:
+        a: Tensor = self.lora_A
+        b: Tensor = self.lora_B
+        if self.start is not None:
             # [A; A₀] and [B, −B₀]: the same change as a plain LoRA of twice the rank, which any reader can use.
-            a, b = torch.cat([a, self.start_A]), torch.cat([b, -self.start_B], dim=1)
+            a, b = torch.cat([a, self.start[0]]), torch.cat([b, -self.start[1]], dim=1)
         if self.groups > 1 and self.mergeable:
             a = low_rank.spread_groups(a, self.groups)
         tensors = {names[0]: a, names[1]: b}
@@ -259,12 +266,12 @@ class LoRAPiece(Piece):
             if a.shape != self.lora_A.shape:
                 self.lora_A = nn.Parameter(self.lora_A.new_empty(a.shape))
         with torch.no_grad():
-            r = self.lora_A.shape[0]
-            self.lora_A.copy_(a[:r])
-            self.lora_B.copy_(b[:, : self.lora_B.shape[1]])
-            if self.start_A is not None:
-                self.start_A.copy_(a[r:])
-                self.start_B.copy_(-b[:, self.lora_B.shape[1] :])
+            rows, columns = self.lora_A.shape[0], self.lora_B.shape[1]
+            self.lora_A.copy_(a[:rows])
+            self.lora_B.copy_(b[:, :columns])
+            if self.start is not None:
+                self.start[0].copy_(a[rows:])
+                self.start[1].copy_(-b[:, columns:])
             if self.lora_bias is not None:
                 self.lora_bias.copy_(bias[0])
 

@@ -21,7 +21,7 @@ from inlay.engine.piece import Method, Piece, take, trainable_dtype
 from inlay.errors import CheckpointError, ConfigError, UnsupportedError
 from inlay.methods import _attention as attention
 from inlay.methods._prefix_source import Prefix, ProjectedPrefix, Projection, text_prefix
-from inlay.methods._prompts import encoder_of, parameters_of
+from inlay.methods._prompts import arguments_of, encoder_of
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex
@@ -101,7 +101,7 @@ class PrefixTuning(Method):
         if self.shift_positions:
             by_path = {site.path: site for site in index.sites if site.parameter is None}
             for path, module, positions, start in attention.position_modules(model, sites):
-                shift = attention.PositionShift(self.num_virtual_tokens, parameters_of(module), positions, start)
+                shift = attention.PositionShift(self.num_virtual_tokens, arguments_of(module), positions, start)
                 pieces.append((by_path[path], shift))
         return pieces
 

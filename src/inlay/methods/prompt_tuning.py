@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from inlay.engine.piece import Method, Piece, take, trainable_dtype
+from inlay.engine.piece import Method, Piece, trainable_dtype
 from inlay.errors import ConfigError, UnsupportedError
 from inlay.methods._prompt_init import Init, initial_prompt
-from inlay.methods._prompts import Combine, Prompt, VirtualTokens, prompt_pieces, prompt_sites
+from inlay.methods._prompt_calls import Combine
+from inlay.methods._prompts import peft_fields, prompt_of, prompt_pieces, prompt_sites, take_prompt
+from inlay.methods._virtual_tokens import Prompt
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex
@@ -89,43 +91,18 @@ class PromptTuning(Method):
         return self.replace(init="zeros", text=None, labels=None, tokenizer=None)
 
     def export(self, pieces: Sequence[tuple[Site, Piece]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return {"prompt_embeddings": _owner(pieces).shared[0]()}, {}
+        return {"prompt_embeddings": prompt_of(pieces)()}, {}
 
     def import_(self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
-        parameter = _owner(pieces).shared[0]()
-        found = first_half(tensors, parameter.shape)
+        parameter = prompt_of(pieces)()
         with torch.no_grad():
-            parameter.copy_(take(found, "prompt_embeddings", parameter.shape))
+            parameter.copy_(take_prompt(tensors, parameter.shape))
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
         if self.position == "added" or self.ensemble > 1:
             raise UnsupportedError("HF peft has neither added prompts nor prompt ensembles")
-        return {**prompt_fields(self.num_virtual_tokens, sites, index), "prompt_tuning_init": "RANDOM"}
+        return {**peft_fields(self.num_virtual_tokens, sites, index), "prompt_tuning_init": "RANDOM"}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> list[Method]:
         return [cls(num_virtual_tokens=config["num_virtual_tokens"], init="zeros")]
-
-
-def prompt_fields(length: int, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
-    """The fields that peft's configs for prompts have in common."""
-    config = getattr(index.model, "config", None)
-    return {
-        "num_virtual_tokens": length,
-        "token_dim": sites[-1].out_features,
-        "num_transformer_submodules": 1,
-        "num_attention_heads": getattr(config, "num_attention_heads", None),
-        "num_layers": getattr(config, "num_hidden_layers", None),
-    }
-
-
-def first_half(tensors: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
-    """The file's tensors, without the second prompt that peft writes for an encoder–decoder and never uses."""
-    found = tensors.get("prompt_embeddings")
-    if found is not None and found.ndim == 2 and found.shape[0] == 2 * shape[0]:
-        tensors["prompt_embeddings"] = found[: shape[0]]
-    return tensors
-
-
-def _owner(pieces: Sequence[tuple[Site, Piece]]) -> VirtualTokens:
-    return next(piece for _, piece in pieces if isinstance(piece, VirtualTokens))

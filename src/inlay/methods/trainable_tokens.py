@@ -11,6 +11,7 @@ Parameters: ids · width, once for tied places.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.engine.adapters import Adapter, find_adapters
-from inlay.engine.peft_names import peft_targets, targets_from_peft
+from inlay.engine.peft_names import shortest_names, targets_from_peft
 from inlay.engine.piece import Method, Piece, trainable_dtype
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import ModulesToSave
@@ -71,9 +72,12 @@ class TrainableTokens(Method):
             assert isinstance(piece, TokenRows)
             piece.rides = adapter is not None and self.rides_with(adapter.methods)
 
-    def import_(self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
+    def import_(
+        self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]
+    ) -> None:
         """peft repeats the rows for each tied place; only those of the embedding count, the others may be missing."""
-        super().import_([(s, piece) for s, piece in pieces if isinstance(piece, TokenRows) and piece.owner], tensors, extra)
+        owners = [(site, piece) for site, piece in pieces if isinstance(piece, TokenRows) and piece.owner]
+        super().import_(owners, tensors, extra)
         for site, piece in pieces:
             for name in piece.file_tensors():
                 tensors.pop(self.file_key(site, name), None)
@@ -87,14 +91,13 @@ class TrainableTokens(Method):
         if adapter is None or not self.rides_with(adapter.methods):
             if adapter is not None and any(isinstance(method, ModulesToSave) for method in adapter.methods):
                 raise UnsupportedError("HF peft's TrainableTokensConfig has no modules_to_save")
-            return {
-                "target_modules": peft_targets(embeddings, index)["target_modules"],
-                "token_indices": list(self.token_indices),
-            }
+            # A pattern of whole paths, because peft warns of tied layers when a list ends in their usual names.
+            paths = "|".join(re.escape(site.path) for site in embeddings)
+            return {"target_modules": paths, "token_indices": list(self.token_indices)}
         rows: dict[str, list[int]] = {}
         for method in adapter.methods:  # one field of the file's config describes all of them
             if isinstance(method, TrainableTokens):
-                names = peft_targets(method.sites(index), index)["target_modules"]
+                names = shortest_names([site.path for site in method.sites(index)], [site.path for site in index.sites])
                 rows |= {name: list(method.token_indices) for name in names}
         return {"trainable_token_indices": rows}
 

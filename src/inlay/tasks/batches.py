@@ -153,7 +153,7 @@ def _lines(items: list[T], what: str, every: float = 10.0) -> Iterator[T]:
     begun = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if now - last >= every:
+        if done and now - last >= every:
             left = (now - begun) / done * (len(items) - done)
             print(f"{what}: {done} of {len(items)} batches, about {left:.0f} s left", file=sys.stderr, flush=True)
             last = now

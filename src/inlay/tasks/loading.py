@@ -20,14 +20,7 @@ from inlay.errors import CheckpointError, ConfigError, did_you_mean
 
 Source = str | Path
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "tokenizer_config.json",
-)
+_TOKENIZER_FILE = re.compile(r"tokenizer.*\.(json|model)|(vocab|merges|bpe).*|.*\.(model|spm|tiktoken)")
 
 
 def load_tokenizer(model: Source, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -36,16 +29,15 @@ def load_tokenizer(model: Source, **kwargs: Any) -> PreTrainedTokenizerBase:
     Raises ConfigError when the folder is not there, or holds no tokenizer.
     """
     folder = _folder_or_hub_id(model)
+    advice = "a folder that tokenizer.save_pretrained(…) wrote, or at least its tokenizer.json, is needed"
+    if folder.is_dir() and not any(_TOKENIZER_FILE.fullmatch(path.name) for path in folder.iterdir()):
+        # transformers would make an empty tokenizer here and say nothing
+        raise ConfigError(f"no tokenizer can be loaded from {model}: the folder has no tokenizer files; {advice}")
     try:
         with quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), **kwargs)
     except Exception as error:  # transformers raises a different class for nearly every cause
-        missing = folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES)
-        reason = "the folder has no tokenizer files" if missing else _reason(error)
-        raise ConfigError(
-            f"no tokenizer can be loaded from {model}: {reason}. A folder from "
-            f"tokenizer.save_pretrained(…), or at least its tokenizer.json, is needed"
-        ) from error
+        raise ConfigError(f"no tokenizer can be loaded from {model}: {_reason(error)}; {advice}") from error
     if tokenizer.pad_token_id is None:
         spare = tokenizer.eos_token or tokenizer.unk_token
         if spare is None:

@@ -64,10 +64,10 @@ def open_run(folder: str | Path) -> Loaded:
         raise CheckpointError(f"the run in {folder} has not ended: go on with inlay train --resume --out {folder}")
     run = Run.from_yaml(folder / RUN_FILE)
     try:
-        task = Task.from_dict(json.loads((folder / TASK_FILE).read_text(encoding="utf-8")))
+        task: Any = Task.from_dict(json.loads((folder / TASK_FILE).read_text(encoding="utf-8")))
     except ValueError as error:
         raise CheckpointError(f"{folder / TASK_FILE} is damaged: {error}") from error
-    model = task.load_model(run.model, **({} if run.dtype == "auto" else {"dtype": run.dtype}))
+    model: Any = task.load_model(run.model, **({} if run.dtype == "auto" else {"dtype": run.dtype}))
     load(model, folder / ADAPTER)
     if torch.cuda.is_available():
         model.to("cuda")
