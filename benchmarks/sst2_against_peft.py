@@ -129,7 +129,9 @@ def main() -> None:
     arguments = parser.parse_args()
     data = {"train": rows(arguments.data / "train.jsonl.gz"), "validation": rows(arguments.data / "validation.jsonl"),
             "test": rows(arguments.data / "test.jsonl")}
-    stored = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"settings": SETTINGS, "runs": []}
+    stored = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if stored.get("settings") != SETTINGS:  # runs under other settings do not compare
+        stored = {"settings": SETTINGS, "runs": []}
     for seed in arguments.seeds:
         for library in ("inlay", "peft"):
             if any(r["library"] == library and r["seed"] == seed for r in stored["runs"]):

@@ -89,7 +89,8 @@ def test_parallel_adds_what_the_network_is_given(name: str) -> None:
     method = Adapter(placement="parallel", bottleneck=4, scale=4.0, layers=0)
     sites = method.sites(inlay.SiteIndex(model))
     last = sites[0].module
-    first = next(s.module for s in inlay.SiteIndex(model).sites if "up" in s.roles) if sites[0].kind == "linear" else last
+    ups = [site.module for site in inlay.SiteIndex(model).sites if "up" in site.roles]
+    first = ups[0] if sites[0].kind == "linear" else last
     first.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
     last.register_forward_hook(lambda _, args, output: seen.update(h=output))
     ids = torch.arange(3, 13)[None]
@@ -114,11 +115,12 @@ def test_starts_as_the_base_to_the_bit(name: str, placement: str) -> None:
         inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
     if name == "whisper":
         inputs = {"input_features": torch.randn(2, 8, 32), "decoder_input_ids": torch.arange(3, 9).reshape(2, 3)}
-    base = model(**inputs)[0]
-    inlay.attach(model, Adapter(placement=placement))
-    assert torch.equal(model(**inputs)[0], base)
-    randomise(model)
-    assert not torch.equal(model(**inputs)[0], base)
+    with torch.no_grad():  # with gradients, T5's attention takes another kernel once its bias is frozen
+        base = model(**inputs)[0]
+        inlay.attach(model, Adapter(placement=placement))
+        assert torch.equal(model(**inputs)[0], base)
+        randomise(model)
+        assert not torch.equal(model(**inputs)[0], base)
 
 
 def test_the_other_starts_are_near_the_base() -> None:
@@ -229,16 +231,15 @@ def test_targets_and_overrides() -> None:
 
 def test_torchs_own_encoder() -> None:
     for norm_first in (False, True):
-        model = build_transformer_encoder(norm_first)
-        x = torch.randn(2, 5, 12)
-        with torch.enable_grad():
-            base = model(x)
-            for placement in PLACEMENTS:
-                inlay.attach(model, Adapter(placement=placement, bottleneck=2))
-                assert torch.equal(model(x), base)
-                randomise(model)
-                assert not torch.equal(model(x), base)
-                inlay.detach(model)
+        model = build_transformer_encoder(norm_first).requires_grad_(False)  # frozen, torch takes other kernels
+        x = torch.randn(2, 5, 12, requires_grad=True)
+        base = model(x)
+        for placement in PLACEMENTS:
+            inlay.attach(model, Adapter(placement=placement, bottleneck=2))
+            assert torch.equal(model(x), base)
+            randomise(model)
+            assert not torch.equal(model(x), base)
+            inlay.detach(model)
 
 
 def test_what_is_refused() -> None:
@@ -250,5 +251,5 @@ def test_what_is_refused() -> None:
             Adapter(**wrong)
     with pytest.raises(ConfigError, match="did you mean 'gelu'"):
         Adapter(activation="geluu")
-    with pytest.raises(TargetError, match="no feed-forward network was recognised in Plain.*targets"):
+    with pytest.raises(TargetError, match=r"no feed-forward network was recognised in Plain.*targets"):
         inlay.attach(Plain(), Adapter())

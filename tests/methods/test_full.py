@@ -12,8 +12,17 @@ from inlay.engine.adapters import adapters_of
 from inlay.errors import UnsupportedError
 
 
-@pytest.mark.parametrize(("name", "head"), [("bert", "sequence"), ("gpt2", "causal"), ("t5", "conditional"), ("albert", "masked"),
-                                            ("mixtral", "causal"), ("wav2vec2", "trunk")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("bert", "sequence"),
+        ("gpt2", "causal"),
+        ("t5", "conditional"),
+        ("albert", "masked"),
+        ("mixtral", "causal"),
+        ("wav2vec2", "trunk"),
+    ],
+)
 def test_every_parameter_is_trained(name: str, head: str) -> None:
     model = build(name, head)
     count = sum(p.numel() for p in model.parameters())

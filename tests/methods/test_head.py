@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from engine.tiny import build
@@ -19,7 +21,7 @@ def test_only_the_new_head_learns() -> None:
     assert len(names) == 2
 
 
-def test_a_saved_head_loads(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_saved_head_loads(tmp_path: Path) -> None:
     model = inlay.attach(build("bert", "sequence"), inlay.FrozenFeatures())
     with torch.no_grad():
         for parameter in model.parameters():
@@ -32,7 +34,7 @@ def test_a_saved_head_loads(tmp_path) -> None:  # type: ignore[no-untyped-def]
 
 def test_a_model_without_a_new_head() -> None:
     model = build("gpt2", "causal")
-    with pytest.raises(TargetError, match="GPT2LMHeadModel has no new head.*head='lm_head'"):
+    with pytest.raises(TargetError, match=r"GPT2LMHeadModel has no new head.*head='lm_head'"):
         inlay.attach(model, inlay.FrozenFeatures())
     inlay.attach(model, inlay.FrozenFeatures(head="lm_head"))
     assert inlay.summary(model).trainable_parameters == 64 * 32  # tied: the embedding learns with it

@@ -112,13 +112,3 @@ def test_what_is_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"self_attn\.in_proj_weight.*its bias"):
         inlay.attach(build_transformer_encoder(), inlay.IA3(targets="key"))
 
-
-def test_small_changes_survive_a_half_precision_base() -> None:
-    # 1 + 2⁻¹⁰ rounds to 1 in bfloat16; the vector stays in fp32 and only the product is rounded.
-    model = inlay.attach(nn.Sequential(nn.Linear(4, 4)).bfloat16(), inlay.IA3(targets="0", feedforward=()))
-    x = torch.randn(512, 4, dtype=torch.bfloat16)
-    base = model(x)
-    with torch.no_grad():
-        only_parameter(model).fill_(1 + 2**-10)
-    assert model(x).dtype == torch.bfloat16
-    assert (model(x) != base).any()

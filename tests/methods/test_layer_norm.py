@@ -49,5 +49,5 @@ def test_roles_of_norms() -> None:
 
 
 def test_a_place_that_is_no_norm() -> None:
-    with pytest.raises(TargetError, match="of kind linear.*only norm can be used here"):
+    with pytest.raises(TargetError, match=r"of kind linear.*only norm can be used here"):
         inlay.attach(build("bert"), inlay.LayerNormTuning(targets="query"))

@@ -1,4 +1,4 @@
-"""The hosts of the property matrix: tiny models of every kind, built once and copied for each test; how to look at them.
+"""The hosts of the property matrix: tiny models of every kind, built once, copied for each test; ways to look at them.
 
 Every parameter is random (biases and norms too), so that outputs are of the order of one and a piece that forgets a
 bias or a norm shows. No host has dropout: training mode computes what evaluation mode does.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from engine.tiny import Plain, build, build_transformer_encoder
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import inlay
 from inlay.engine.adapters import adapters_of
+from inlay.engine.piece import Method
 
 Inputs = dict[str, Tensor]
 
@@ -112,8 +114,8 @@ HOSTS = {
 }
 
 
-# (in, out) of every linear outside heads. Width 32, inner width 48, 2 layers, but for the last two. llama and mixtral have
-# 2 of 4 heads for keys and values; gpt2 has query, key and value in one; t5 has 6 attentions and 4 feed-forwards.
+# (in, out) of every linear outside heads. Width 32, inner width 48, 2 layers, but for the last two. llama and mixtral
+# have 2 of 4 heads for keys and values; gpt2 has query, key and value in one; t5 has 6 attentions, 4 feed-forwards.
 SQUARE, FFN, GATED = [(32, 32)], [(32, 48), (48, 32)], [(32, 48), (32, 48), (48, 32)]
 GROUPED = [(32, 32), (32, 16), (32, 16), (32, 32)]
 MULTIHEAD = [(12, 36), (12, 12)]
@@ -136,6 +138,49 @@ def total(shapes: list[tuple[int, int]], count: Callable[[int, int], int]) -> in
 def linears(count: Callable[[int, int], int]) -> dict[str, Any]:
     """Claims of a method that sits at every linear and has `count(in, out)` parameters there."""
     return {host: ("all-linear", total(shapes, count)) for host, shapes in LINEARS.items()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, the hosts that it claims, and what is expected of it there."""
+
+    name: str
+    method: Method
+    claims: dict[str, Any]
+    """Host -> number of parameters, or (targets, number): a formula of the host's sizes, not of the library's."""
+    identity: float = 0.0
+    """Largest change of an output at the start, relative to the largest output; 0 means the very bits of the base."""
+    mergeable: bool = True
+    peft: bool = True
+    """Whether HF peft can read the adapter's file."""
+    targets: bool = True
+    """Whether the method has targets."""
+    compiled: tuple[str, ...] | None = None
+    """Hosts to compile, which takes seconds each; None: the first, () where another row compiles the same pieces."""
+    refuses: dict[str, str | None] = field(default_factory=dict)
+    """Host -> targets there (None: the method's own) that it refuses, with an error of one sentence."""
+
+    @property
+    def first(self) -> str:
+        """The host that stands for the others where a check is expensive."""
+        return next(iter(self.claims))
+
+    def at(self, host: str) -> Method:
+        """The method with the targets that the row gives for a host."""
+        claim = self.claims[host]
+        return self.method.replace(targets=claim[0]) if isinstance(claim, tuple) else self.method
+
+    def parameters(self, host: str) -> int:
+        """What the row's formula gives, and the host's new head."""
+        claim = self.claims[host]
+        number = claim[1] if isinstance(claim, tuple) else claim
+        return number(fresh(host)) if callable(number) else number + HOSTS[host].head
+
+    def attached(self, host: str, perturbed: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A fresh host with the method in it, moved away from its start unless told otherwise."""
+        torch.manual_seed(0)
+        model = inlay.attach(fresh(host).to(dtype), self.at(host))
+        return perturb(model) if perturbed else model
 
 
 @functools.cache
@@ -267,3 +312,14 @@ def bits(tensor: Tensor) -> bytes:
 def base_bits(model: nn.Module) -> dict[str, bytes]:
     """The bits of everything that is not a piece."""
     return {key: bits(value) for key, value in model.state_dict().items() if "inlays" not in key.split(".")}
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Equal to `tolerance` of the largest entry (sums in another order, through a few layers), or at 0 in every bit."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0)
+
+
+def near(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Equal to `tolerance` on average, relative to the average entry: for half precision."""
+    assert (found.float() - expected.float()).norm() <= tolerance * expected.float().norm()

@@ -65,7 +65,7 @@ def test_glue_folder_end_to_end(shared_data: Path, bert: Path) -> None:
 
 
 def test_results_do_not_depend_on_batches_and_match_a_plain_loop(shared_data: Path, bert: Path) -> None:
-    rows = read_splits(shared_data / "nli" / "snli")["validation"].select(range(17))
+    rows = read_splits(shared_data / "nli" / "snli")["validation"].select(range(7))
     task = resolve(rows)
     tokenizer, model = task.load_tokenizer(bert), task.load_model(bert)
     model.train()
@@ -73,15 +73,16 @@ def test_results_do_not_depend_on_batches_and_match_a_plain_loop(shared_data: Pa
     model.eval()
     for row in rows:
         encoded = tokenizer(row["premise"], row["hypothesis"], return_tensors="pt", truncation=True, max_length=128)
-        logits = model(**encoded).logits[0]
+        with torch.no_grad():
+            logits = model(**encoded).logits[0]
         target = task.labels.index(row["label"])
         losses.append(-logits.log_softmax(-1)[target].item())
         right += int(logits.argmax().item() == target)
     model.train()
-    for batch_size in (1, 4, 32):
+    for batch_size in (1, 3, 32):
         scores = task.evaluate(model, tokenizer, rows, batch_size=batch_size)
         assert scores["loss"] == pytest.approx(np.mean(losses), abs=1e-5)  # padding changes the last bits of float32
-        assert scores["accuracy"] == right / 17
+        assert scores["accuracy"] == right / 7
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import struct
 import tempfile
 import time
 import uuid
@@ -118,7 +119,7 @@ def write(folder: Path, config: Mapping[str, Any], files: Contents) -> None:
         _sweep(folder)
         saving = Path(tempfile.mkdtemp(prefix=SAVING, dir=folder))
         for name, (tensors, metadata) in files.items():
-            save_file(tensors, saving / name, metadata=metadata)
+            _write_tensors(saving / name, tensors, metadata)
         (saving / CONFIG).write_text(text, encoding="utf-8")
         for path in saving.iterdir():
             _flush(path)
@@ -131,6 +132,18 @@ def write(folder: Path, config: Mapping[str, Any], files: Contents) -> None:
         if saving is not None:
             shutil.rmtree(saving, ignore_errors=True)
     _settle(folder)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file whose bytes depend on its contents only; the library orders metadata at random."""
+    save_file(tensors, path, metadata=dict(metadata))
+    with path.open("rb+") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length)) | {"__metadata__": dict(sorted(metadata.items()))}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _settle(folder: Path) -> None:

@@ -154,13 +154,17 @@ def overrides_from_peft(config: Mapping[str, Any], fields: Mapping[str, str]) ->
     overrides: dict[str, dict[str, Any]] = {}
     for ours, theirs in fields.items():
         for name, value in (config.get(theirs) or {}).items():
-            overrides.setdefault(rf"re:(?:.*\.)?(?:{name}){MULTIHEAD}", {})[ours] = value
+            overrides.setdefault(rf"re:(?:.*\.)?{_names(name)}{MULTIHEAD}", {})[ours] = value
     return overrides
 
 
 def _names(names: Any) -> str:
     """A regular expression for peft's list of suffixes; its own regular expressions are strings."""
     if isinstance(names, str):
+        try:
+            re.compile(names)
+        except re.error as error:
+            raise ConfigError(f"the adapter's config has {names!r}, not a regular expression ({error})") from None
         return f"(?:{names})"
     return rf"(?:.*\.)?(?:{'|'.join(re.escape(name) for name in sorted(names))})"
 

@@ -1,9 +1,9 @@
 """Prefixes through transformers' attention interface: keys and values that every token of a layer sees.
 
-A transformers attention module ends in `interface(module, query, key, value, mask, **kwargs)`, where `interface` is chosen
-by the name in its config. While a prefix is attached that name is `inlay|sdpa|<modelling file>`: the same function,
-except that it first puts before keys and values what the `PrefixAttention` piece on the module sent along in `kwargs`.
-So nothing is remembered between calls, the cache holds the text alone, and recomputing a layer computes the same.
+An attention module of transformers ends in `interface(module, query, key, value, mask, **kwargs)`, where `interface` is
+chosen by the name in its config. While a prefix is attached that name is `inlay|sdpa|<modelling file>`: the same
+function, except that it first puts before keys and values what the `PrefixAttention` piece on the module sent along in
+`kwargs`. So nothing is remembered between calls, the cache holds the text alone, and layers can be recomputed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ SUPPORTED = ("eager", "sdpa")
 
 class Shown:
     """One prefix on its way from its piece to the attention function: key (1, heads, n, d_k), value (1, heads, n, d_v),
-    and the position bias of its columns (1, heads, queries, n) where the model has one."""
+    and the position bias of its columns (1, heads, queries, n) where the model has one.
+    """
 
     def __init__(self, key: Tensor, value: Tensor, bias: Tensor | None) -> None:
         self.key = key
@@ -61,8 +62,8 @@ class PrefixAttention(Piece):
         implementation = str(self.config._attn_implementation)
         if not implementation.startswith(MARK):
             raise UnsupportedError(
-                f"the attention implementation was set to {implementation!r} after a prefix was attached, which would leave "
-                "the prefix out: call model.set_attn_implementation before inlay.attach or inlay.load"
+                f"the attention implementation was set to {implementation!r} after a prefix was attached, which would "
+                "leave the prefix out: call model.set_attn_implementation before inlay.attach or inlay.load"
             )
         heads, key_size, value_size = self.shape
         keys, values = self.source().split((heads * key_size, heads * value_size), dim=-1)
@@ -73,7 +74,9 @@ class PrefixAttention(Piece):
         )
         output = inner(*args, **{**kwargs, ARGUMENT: (shown, *kwargs.get(ARGUMENT, ()))})
         if not shown.used:
-            raise UnsupportedError("this attention did not hand its arguments on to its attention function: use prompt tuning")
+            raise UnsupportedError(
+                "this attention did not hand its arguments on to its attention function: use prompt tuning"
+            )
         return output
 
     def position_bias(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -115,9 +118,9 @@ class PositionShift(Piece):
         call[first] = call[first] + self.length * (call[first] >= self.start)
         if self.positions is not None and call[first].shape[-1] + self.length > self.positions:
             raise ConfigError(
-                f"a prefix of {self.length} and a text of {call[first].shape[-1]} tokens need more than the {self.positions} "
-                f"positions that the model has: shorten the texts to {self.positions - self.length} tokens (max_length), or "
-                "set shift_positions=False"
+                f"a prefix of {self.length} and a text of {call[first].shape[-1]} tokens need more than the "
+                f"{self.positions} positions that the model has: shorten the texts to {self.positions - self.length} "
+                "tokens (max_length), or set shift_positions=False"
             )
         return inner(**call)
 
@@ -203,7 +206,9 @@ def switch_on(pieces: Iterable[PrefixAttention], sites: Iterable[Site]) -> None:
 def switch_off(model: nn.Module, leaving: Iterable[PrefixAttention]) -> None:
     """Give back the names, of the configs that no staying prefix needs."""
     gone = list(leaving)
-    staying = {id(m.config) for m in model.modules() if isinstance(m, PrefixAttention) and not any(m is g for g in gone)}
+    staying = {
+        id(m.config) for m in model.modules() if isinstance(m, PrefixAttention) and not any(m is g for g in gone)
+    }
     for piece in gone:
         current = str(piece.config._attn_implementation)
         if current.startswith(MARK) and id(piece.config) not in staying:
@@ -237,14 +242,20 @@ def check_interface(model: nn.Module, sites: Iterable[Site], what: str) -> None:
         kind = str(config._attn_implementation).removeprefix(MARK).partition("|")[0]  # type: ignore[union-attr]
         if kind not in SUPPORTED:
             raise UnsupportedError(
-                f"{what} works with {' and '.join(SUPPORTED)} attention, and {type(model).__name__} uses {kind!r}: call "
-                "model.set_attn_implementation('sdpa') first"
+                f"{what} works with {' and '.join(SUPPORTED)} attention, and {type(model).__name__} uses {kind!r}: "
+                "call model.set_attn_implementation('sdpa') first"
             )
         if kind == "eager" and getattr(config, "reorder_and_upcast_attn", False):
-            raise UnsupportedError(f"{what}: eager attention with reorder_and_upcast_attn has its own path in {name}; use 'sdpa'")
-        others = {modelling_file(m) for m in model.modules() if getattr(m, "config", None) is config and _calls_interface(m)}
+            raise UnsupportedError(
+                f"{what}: eager attention with reorder_and_upcast_attn has its own path in {name}; use 'sdpa'"
+            )
+        others = {
+            modelling_file(m) for m in model.modules() if getattr(m, "config", None) is config and _calls_interface(m)
+        }
         if len(others) > 1:
-            raise UnsupportedError(f"{what}: one config serves attentions of several files ({', '.join(sorted(others))})")
+            raise UnsupportedError(
+                f"{what}: one config serves attentions of several files ({', '.join(sorted(others))})"
+            )
 
 
 def _calls_interface(module: nn.Module) -> bool:
@@ -298,7 +309,7 @@ def stack_of(site: Site, model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def position_modules(model: nn.Module, sites: Iterable[Site]) -> Iterator[tuple[str, nn.Module, int | None, int]]:
-    """(path, module, positions it has, the first) of all that turns the positions of these attentions' texts into vectors."""
+    """(path, module, positions it has, the first) of all that turns positions into vectors for these attentions."""
     stacks = dict(stack_of(site, model) for site in sites)
     for path, stack in stacks.items():
         if "input_ids" not in arguments_of(stack):  # images and sound have no positions to give way

@@ -80,7 +80,7 @@ def _attentions(index: SiteIndex) -> list[list[Site]]:
 
 def _named(index: SiteIndex, group: list[Site], key: int | str) -> bool:
     if isinstance(key, int):
-        return any(site.layer == (key % site.depth if site.depth else key) for site in group)
+        return any(site.layer is not None and site.layer == key + (key < 0) * (site.depth or 0) for site in group)
     inside = {site.path for site in parameter_sites(index, key, what="PartialFineTuning(heads=…)")}
     return any(site.path in inside for site in group)
 

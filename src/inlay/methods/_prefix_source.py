@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from inlay.engine.piece import trainable_dtype
 from inlay.errors import ConfigError, UnsupportedError
 from inlay.methods._prompt_init import token_encoder
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site
+    from inlay.methods.prefix_tuning import PrefixTuning
 
 
 class Prefix(nn.Module):
@@ -40,7 +42,8 @@ class Projection(nn.Module):
 
 class ProjectedPrefix(nn.Module):
     """W_l tanh(W_0 E + b_0) + b_l: (n, rows). One layer's source owns what is shared; a tuple hides it from the others'
-    registration, so that it is saved once and stays shared when the model is copied or pickled."""
+    registration, so that it is saved once and stays shared when the model is copied or pickled.
+    """
 
     def __init__(self, shared: Projection, size: int, rows: int, owns: bool) -> None:
         super().__init__()
@@ -49,14 +52,31 @@ class ProjectedPrefix(nn.Module):
         self.behind = (shared,)
         self.out = nn.Linear(size, rows)
 
-    def start_at_zero(self) -> None:
-        """Let the prefix start as zeros."""
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
     def forward(self) -> Tensor:
         output: Tensor = self.out(self.behind[0]())
         return output
+
+
+def prefix_sources(
+    method: PrefixTuning, model: nn.Module, sites: Sequence[Site], rows: Sequence[int]
+) -> list[nn.Module]:
+    """What gives each layer its (n, rows) keys and values, started as `method` says."""
+    dtype, device, n = trainable_dtype(sites[0].dtype), sites[0].device, method.num_virtual_tokens
+    if method.projection_size is not None:
+        shared = Projection(n, int(sites[0].module.config.hidden_size), method.projection_size)  # type: ignore[union-attr]
+        projected = [
+            ProjectedPrefix(shared, method.projection_size, count, owns=i == 0) for i, count in enumerate(rows)
+        ]
+        for source in projected:
+            if method.init == "zeros":
+                nn.init.zeros_(source.out.weight)
+                nn.init.zeros_(source.out.bias)
+        return [source.to(device, dtype) for source in projected]
+    if method.init == "text":
+        values = text_prefix(model, sites, rows, n, str(method.text), method.tokenizer)
+    else:
+        values = [torch.zeros(n, count) if method.init == "zeros" else torch.randn(n, count) for count in rows]
+    return [Prefix(value.to(device, dtype)) for value in values]
 
 
 @torch.no_grad()
@@ -65,7 +85,9 @@ def text_prefix(
 ) -> list[Tensor]:
     """The keys and values that the model itself computes for `text`, layer by layer: each (n, rows)."""
     if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedError(f"init='text' needs a decoder that caches what it read, and {type(model).__name__} is none")
+        raise UnsupportedError(
+            f"init='text' needs a decoder that caches what it read, and {type(model).__name__} is none"
+        )
     ids = token_encoder(model, tokenizer, "text")(text)
     ids = (ids * -(-length // len(ids)))[:length]
     training = model.training
@@ -77,6 +99,9 @@ def text_prefix(
         both = [one[0].transpose(0, 1).reshape(-1, one.shape[1] * one.shape[3]) for one in (layer.keys, layer.values)]
         value = torch.cat(both, dim=-1)
         if value.shape != (length, count):
-            raise ConfigError(f"init='text': the cache of {site.path} does not hold all {length} tokens; use a shorter prefix")
+            raise ConfigError(
+                f"init='text': the cache of {site.path} does not hold the keys and values of all {length} tokens (it "
+                "keeps a window of them, or a compressed form); use init='random'"
+            )
         values.append(value.float())
     return values

@@ -14,7 +14,13 @@ Combine = Literal["logits", "log_probabilities"]
 
 PER_TOKEN = ("logits", "prediction_logits", "last_hidden_state", "hidden_states")
 SPANS = ("start_logits", "end_logits")
-COMPANIONS = {"token_type_ids": 0, "mm_token_type_ids": 0, "global_attention_mask": 0, "labels": -100, "shift_labels": -100}
+COMPANIONS = {
+    "token_type_ids": 0,
+    "mm_token_type_ids": 0,
+    "global_attention_mask": 0,
+    "labels": -100,
+    "shift_labels": -100,
+}
 """Arguments that run along the text, and what they say of a virtual token."""
 
 
@@ -76,7 +82,7 @@ def lengthen_mask(call: dict[str, Any], count: int, length: int, past: int, enco
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != text.ndim:
             raise UnsupportedError(
-                "virtual tokens need an attention_mask of the text's own shape, (batch, tokens), not one prepared per query"
+                "virtual tokens need an attention_mask of the text's own shape, (batch, tokens), not one for each query"
             )
         if encoder and mask.shape[-1] > length:  # the encoder–decoder around it has lengthened the mask for both halves
             return
@@ -86,9 +92,9 @@ def lengthen_mask(call: dict[str, Any], count: int, length: int, past: int, enco
         seen = int(call["position_ids"].max()) + 1
     if exact and past > 0 and seen is not None and seen + count != past + length:
         raise UnsupportedError(
-            f"the cache holds {past} positions, but with the virtual tokens it should hold {seen + count - length}: assisted "
-            "decoding, and going on from an earlier cache in `generate`, count positions without the prompt; leave them off, "
-            "or use prefix tuning"
+            f"the cache holds {past} positions, but with the virtual tokens it should hold {seen + count - length}: "
+            "`generate` counts positions without the prompt when it goes on from an earlier cache; start without one, or "
+            "use prefix tuning"
         )
 
 

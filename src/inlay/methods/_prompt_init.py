@@ -71,7 +71,9 @@ def _repeat(embedding: nn.Module, ids: list[int], length: int) -> Tensor:
 def _texts(text: str | tuple[str, ...] | None, copies: int) -> tuple[str, ...]:
     texts = (text,) if isinstance(text, str) else tuple(text or ())
     if len(texts) != copies or not all(one.strip() for one in texts):
-        raise ConfigError(f"init='text' needs {'text=, a text' if copies == 1 else f'text=, {copies} texts'}; it has {text!r}")
+        raise ConfigError(
+            f"init='text' needs {'text=, a text' if copies == 1 else f'text=, {copies} texts'}; it has {text!r}"
+        )
     return texts
 
 
@@ -87,13 +89,17 @@ def token_encoder(model: nn.Module, tokenizer: str | None, init: str) -> Any:
     """Text to token ids, without special tokens."""
     name = tokenizer or getattr(model, "name_or_path", None)
     if not name:
-        raise ConfigError(f"init={init!r} needs a tokenizer, and this model does not say where it came from: pass tokenizer=")
+        raise ConfigError(
+            f"init={init!r} needs a tokenizer, and this model does not say where it came from: pass tokenizer="
+        )
     from transformers import AutoTokenizer
 
     try:
         found = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"init={init!r} needs a tokenizer, and {name!r} has none ({error}): pass tokenizer=") from error
+        raise ConfigError(
+            f"init={init!r} needs a tokenizer, and {name!r} has none ({error}): pass tokenizer="
+        ) from error
 
     def encode(text: str) -> list[int]:
         ids: list[int] = found(text, add_special_tokens=False)["input_ids"]

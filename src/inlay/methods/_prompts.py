@@ -24,7 +24,8 @@ TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
 
 def prompt_sites(index: SiteIndex, what: str) -> list[Site]:
     """The places of a prompt: the model, its encoder if it is an encoder–decoder, and the token embedding that reads
-    the text, in this order. Raises UnsupportedError for models that take no token ids."""
+    the text, in this order. Raises UnsupportedError for models that take no token ids.
+    """
     model = index.model
     encoder = encoder_of(model)
     reader = model if encoder is None else encoder
@@ -33,7 +34,7 @@ def prompt_sites(index: SiteIndex, what: str) -> list[Site]:
         raise UnsupportedError(f"{what} needs a model that reads token ids, and {type(reader).__name__} does not")
     if "past_key_values" not in arguments and {"cache_params", "state", "mems"} & set(arguments):
         raise UnsupportedError(
-            f"{what} cannot tell whether the recurrent state of {type(reader).__name__} holds the prompt already; use LoRA"
+            f"{what} cannot tell whether the recurrent state of {type(reader).__name__} holds the prompt; use LoRA"
         )
     places = {id(site.module): site for site in index.sites if site.parameter is None}
     return [places[id(module)] for module in (model, encoder, embedding) if module is not None]

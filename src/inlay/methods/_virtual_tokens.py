@@ -4,10 +4,10 @@
   virtual tokens into `input_ids` and lengthens everything that runs along with them.
 * `VirtualTokens` sits on the token embedding, where it recognises those ids and answers with the prompt's vectors.
 
-The two share no state at run time, because a virtual token is an id that no vocabulary has: `id − base · place · digit`,
-with `base` beyond the vocabulary and `digit` = 1 + the index of the prompt's vector. So models that look into the ids
-(for padding, or the end of the text) still read them right, a layer can be recomputed with nothing remembered, and several
-prompts can be active at once, each with its own `place`.
+The two share no state at run time, because a virtual token is an id that no vocabulary has:
+`id − base · place · digit`, with `base` beyond the vocabulary and `digit` = 1 + the index of the prompt's vector. So
+models that look into the ids (for padding, or the end of the text) still read them right, layers can be recomputed with
+nothing remembered, and several prompts can be active at once, each with its own `place`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Prompt(nn.Module):
 
 class SharesPrompt(Piece):
     """A piece that reads a prompt which one piece owns: a tuple hides it from registration, so it is saved once,
-    and copying or pickling the model keeps it shared."""
+    and copying or pickling the model keeps it shared.
+    """
 
     def __init__(self, prompt: nn.Module, code: Code) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class VirtualTokens(SharesPrompt):
     def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = None if args else next(iter(kwargs))
         ids: Tensor = args[0] if name is None else kwargs[name]
-        # A prompt comes whole and before at least one token: a call no longer than it (a decoding step) has none of it.
+        # A prompt comes whole, before at least one token: a call no longer than it (a decoding step) has none of it.
         if not self.code.added and ids.shape[-1] <= self.code.length:
             return inner(*args, **kwargs)
         digits, plain = self.code.read(ids)
@@ -159,8 +160,8 @@ class PromptEntry(SharesPrompt):
             return
         if self.positions is not None and count + length > self.positions:
             raise ConfigError(
-                f"{count} virtual tokens and a text of {length} tokens need {count + length} positions, and the model has "
-                f"{self.positions}: shorten the texts to {self.positions - count} tokens (max_length)"
+                f"{count} virtual tokens and a text of {length} tokens need {count + length} positions, and the model "
+                f"has {self.positions}: shorten the texts to {self.positions - count} tokens (max_length)"
             )
         if positions is not None:
             start = torch.arange(self.first, self.first + count, device=positions.device, dtype=positions.dtype)
@@ -195,7 +196,8 @@ class PromptEntry(SharesPrompt):
 
 class SourceMask(Piece):
     """On an encoder–decoder whose encoder has a prompt: its cross-attention sees the prompt, and the decoder of an
-    ensemble runs once for each."""
+    ensemble runs once for each.
+    """
 
     def __init__(self, code: Code, arguments: tuple[str, ...], combine: Combine) -> None:
         super().__init__()

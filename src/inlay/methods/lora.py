@@ -214,8 +214,12 @@ class LoRAPiece(Piece):
         """(B A − B₀ A₀) x, in the form that the host computes, with dropout on x."""
         if self.dropout and self.training and self.kind != "embedding":
             x = F.dropout(x, self.dropout)
-        change = self._product(host, x, self.lora_A, self.lora_B, self.lora_bias)
-        return change if self.start is None else change - self._product(host, x, *self.start)
+        if self.start is None:
+            return self._product(host, x, self.lora_A, self.lora_B, self.lora_bias)
+        # torch chooses how to multiply by strides and by who requires gradients; on contiguous x both go the same way,
+        # so that the two products cancel exactly at first.
+        x = x.contiguous()
+        return self._product(host, x, self.lora_A, self.lora_B, self.lora_bias) - self._product(host, x, *self.start)
 
     def _product(self, host: nn.Module, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.kind == "embedding":

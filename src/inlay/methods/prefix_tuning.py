@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from inlay.engine.piece import Method, Piece, take, trainable_dtype
+from inlay.engine.piece import Method, Piece, take
 from inlay.errors import CheckpointError, ConfigError, UnsupportedError
 from inlay.methods import _attention as attention
-from inlay.methods._prefix_source import Prefix, ProjectedPrefix, Projection, text_prefix
+from inlay.methods._prefix_source import prefix_sources
 from inlay.methods._prompts import arguments_of, encoder_of
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class PrefixTuning(Method):
     projection_size: int | None = None
     """m, the width of the MLP that the prefix is computed by; None: the prefix itself is trained."""
     init: Literal["random", "zeros", "text"] = "random"
-    """How the prefix starts: "random" (normal), "zeros", or "text": the keys and values of `text` (decoders only), so that
-    the model starts as if it had read it."""
+    """How the prefix starts: "random" (normal), "zeros", or "text": the keys and values of `text` (decoders only), so
+    that the model starts as if it had read it."""
     text: str | None = None
     """For init="text"; repeated or cut to n tokens."""
     tokenizer: str | None = None
@@ -88,12 +88,13 @@ class PrefixTuning(Method):
         return sites
 
     def build(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Piece]]:
+        """The prefixes, and what shifts the text's positions."""
         from inlay.engine.sites import SiteIndex
 
         index = SiteIndex(model)
         shapes = [attention.key_value_shape(site, index) for site in sites]
         rows = [heads * (keys + values) for heads, keys, values in shapes]
-        sources = self.sources(model, sites, rows)
+        sources = prefix_sources(self, model, sites, rows)
         pieces: list[tuple[Site, Piece]] = []
         for site, shape, source in zip(sites, shapes, sources, strict=True):
             bias = attention.bias_source(site, model)
@@ -105,30 +106,13 @@ class PrefixTuning(Method):
                 pieces.append((by_path[path], shift))
         return pieces
 
-    def sources(self, model: nn.Module, sites: Sequence[Site], rows: Sequence[int]) -> list[nn.Module]:
-        """What gives each layer its (n, rows) keys and values."""
-        dtype, device, length = trainable_dtype(sites[0].dtype), sites[0].device, self.num_virtual_tokens
-        if self.projection_size is not None:
-            width = int(sites[0].module.config.hidden_size)
-            shared = Projection(length, width, self.projection_size).to(device, dtype)
-            projected = [ProjectedPrefix(shared, self.projection_size, count, owns=i == 0) for i, count in enumerate(rows)]
-            if self.init == "zeros":
-                for source in projected:
-                    source.start_at_zero()
-            return [source.to(device, dtype) for source in projected]
-        if self.init == "text":
-            values = text_prefix(model, sites, rows, length, str(self.text), self.tokenizer)
-        elif self.init == "zeros":
-            values = [torch.zeros(length, count) for count in rows]
-        else:
-            values = [torch.randn(length, count) for count in rows]
-        return [Prefix(value.to(device, dtype)) for value in values]
-
     def on_attach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
+        """Have the attentions' configs name the function that knows prefixes."""
         placed = _prefixes(pieces)
         attention.switch_on([piece for _, piece in placed], [site for site, _ in placed])
 
     def on_detach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
+        """Give the configs back their names."""
         attention.switch_off(model, [piece for _, piece in _prefixes(pieces)])
 
     def for_file(self) -> Method:
@@ -138,7 +122,7 @@ class PrefixTuning(Method):
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def export(self, pieces: Sequence[tuple[Site, Piece]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """`prompt_embeddings` (n, all layers' keys and values side by side); beside it, what a projection is made of."""
+        """`prompt_embeddings`: (n, all layers' keys and values); in the second file, what projects them."""
         placed = _prefixes(pieces)
         extra = {
             f"{number}.{name}": tensor
@@ -149,13 +133,18 @@ class PrefixTuning(Method):
         with torch.no_grad():
             return {"prompt_embeddings": torch.cat([piece.source() for _, piece in placed], dim=-1)}, extra
 
-    def import_(self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
+    def import_(
+        self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]
+    ) -> None:
+        """Take the prefix, or what projects it, from the files."""
         placed = _prefixes(pieces)
         expected, more = self.export(pieces)
         stored = take(tensors, "prompt_embeddings", expected["prompt_embeddings"].shape)
         if self.projection_size is not None:
             if not extra:
-                raise CheckpointError("the second file, with the projection behind the prefix, is missing: load with it")
+                raise CheckpointError(
+                    "the second file, with the projection behind the prefix, is missing: load with it"
+                )
             with torch.no_grad():
                 for name, parameter in more.items():
                     parameter.copy_(take(extra, name, parameter.shape))
@@ -166,11 +155,17 @@ class PrefixTuning(Method):
                 piece.source().copy_(part)
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
+        """peft's PrefixTuningConfig; UnsupportedError for what it has no fields for."""
         sites = [site for site in sites if attention.uses_interface(site.module)]
         shapes = {attention.key_value_shape(site, index) for site in sites}
         complete = dataclasses.replace(self, targets=None, exclude=None, layers=None).sites(index)
         heads, keys, values = shapes.pop()
-        if shapes or keys != values or [s.path for s in complete] != [s.path for s in sites] or not self.shift_positions:
+        if (
+            shapes
+            or keys != values
+            or [s.path for s in complete] != [s.path for s in sites]
+            or not self.shift_positions
+        ):
             raise UnsupportedError("HF peft has prefixes of one shape, in all layers, with shifted positions, only")
         if encoder_of(index.model) is not None:
             raise UnsupportedError("HF peft gives several decoder layers of an encoder–decoder one and the same prefix")
@@ -185,16 +180,22 @@ class PrefixTuning(Method):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> list[Method]:
+        """The prefix itself; a projection behind it is not in the file."""
         if config.get("prefix_projection"):
-            warnings.warn("HF peft saves no projection: the prefix is loaded as it is, and trained so from now on", stacklevel=2)
+            warnings.warn(
+                "HF peft saves no projection: the prefix is loaded as it is, and trained so from now on", stacklevel=2
+            )
         method = PeftHalves if config.get("num_transformer_submodules") == 2 else cls
         return [method(num_virtual_tokens=config["num_virtual_tokens"])]
 
 
 class PeftHalves(PrefixTuning):
-    """A peft file for an encoder–decoder: there, decoder layer l has slot 2l mod L (peft splits two copies into fours)."""
+    """A peft file for an encoder–decoder, whose decoder layer l has slot 2l mod L: peft splits two copies by fours."""
 
-    def import_(self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
+    def import_(
+        self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]
+    ) -> None:
+        """Take the slots in peft's order."""
         stored, layers = tensors.get("prompt_embeddings"), len(_prefixes(pieces))
         if stored is not None and stored.ndim == 2 and stored.shape[1] % layers == 0:
             slots = stored.view(stored.shape[0], layers, -1)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from inlay.engine.piece import Method, Piece, trainable_dtype
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.methods._prompt_init import Init, initial_prompt
 from inlay.methods._prompt_calls import Combine
+from inlay.methods._prompt_init import Init, initial_prompt
 from inlay.methods._prompts import peft_fields, prompt_of, prompt_pieces, prompt_sites, take_prompt
 from inlay.methods._virtual_tokens import Prompt
 
@@ -47,9 +47,9 @@ class PromptTuning(Method):
     position: Literal["prepended", "added"] = "prepended"
     """Before the text, or added onto the embeddings of its first n tokens (padding aside)."""
     init: Init | None = None
-    """How the vectors start: "random" (normal, with the embedding's own standard deviation), "vocabulary" (embeddings of
-    tokens drawn at random), "text" (those of `text`, repeated or cut to n), "labels" (one vector for each label's name,
-    the others from the vocabulary), "zeros". None: "vocabulary" when prepended, "zeros" when added."""
+    """How the vectors start: "random" (normal, with the embedding's own standard deviation), "vocabulary" (embeddings
+    of tokens drawn at random), "text" (those of `text`, repeated or cut to n), "labels" (one vector for each label's
+    name, the others from the vocabulary), "zeros". None: "vocabulary" when prepended, "zeros" when added."""
     text: str | tuple[str, ...] | None = None
     """For init="text": the text, or one for each prompt of an ensemble."""
     labels: tuple[str, ...] | None = None
@@ -68,15 +68,20 @@ class PromptTuning(Method):
         choices = {"position": ("prepended", "added"), "combine": ("logits", "log_probabilities")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{type(self).__name__}({name}={getattr(self, name)!r}): choose {' or '.join(allowed)}")
+                raise ConfigError(
+                    f"{type(self).__name__}({name}={getattr(self, name)!r}): choose {' or '.join(allowed)}"
+                )
         if self.targets is not None or self.exclude is not None or self.layers is not None or self.overrides:
-            raise ConfigError(f"{type(self).__name__} sits at the model's entry: it has no targets, layers or overrides")
+            raise ConfigError(
+                f"{type(self).__name__} sits at the model's entry: it has no targets, layers or overrides"
+            )
 
     def sites(self, index: SiteIndex) -> list[Site]:
         """The model, its encoder if it is an encoder–decoder, and the token embedding that reads the text."""
         return prompt_sites(index, type(self).__name__)
 
     def build(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Piece]]:
+        """The prompt's vectors, and the pieces that put them in."""
         embedding = sites[-1].module
         added = self.position == "added"
         init = self.init or ("zeros" if added else "vocabulary")
@@ -91,18 +96,24 @@ class PromptTuning(Method):
         return self.replace(init="zeros", text=None, labels=None, tokenizer=None)
 
     def export(self, pieces: Sequence[tuple[Site, Piece]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`prompt_embeddings`: (ensemble · n, d)."""
         return {"prompt_embeddings": prompt_of(pieces)()}, {}
 
-    def import_(self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
+    def import_(
+        self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]
+    ) -> None:
+        """Take the vectors from the file; of the two prompts that peft writes for an encoder–decoder, the first."""
         parameter = prompt_of(pieces)()
         with torch.no_grad():
             parameter.copy_(take_prompt(tensors, parameter.shape))
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
+        """peft's PromptTuningConfig; UnsupportedError for what it has no fields for."""
         if self.position == "added" or self.ensemble > 1:
             raise UnsupportedError("HF peft has neither added prompts nor prompt ensembles")
         return {**peft_fields(self.num_virtual_tokens, sites, index), "prompt_tuning_init": "RANDOM"}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> list[Method]:
+        """Prepended vectors, whatever they were started from."""
         return [cls(num_virtual_tokens=config["num_virtual_tokens"], init="zeros")]
