@@ -198,12 +198,16 @@ FIELDS: dict[str, dict[str, Any]] = {
     "adapter": {"bottleneck": 3, "scale": 2.0},
     "dora": {"r": 2},
     "lora": {"r": 2},
+    "p_tuning": {"num_virtual_tokens": 3, "hidden_size": 8},
     "prefix_tuning": {"num_virtual_tokens": 3},
     "prompt_tuning": {"num_virtual_tokens": 3},
     "trainable_tokens": {"token_indices": (3, 7)},
 }
 """What the methods are tried with; the others with their defaults."""
-SYMBOLS = {"r": 2, "m": 3, "n": 3, "ensemble": 1, "ids": 2, "L": 2, "kv": 4, "d_k": 8, "d_v": 8, "k": 1, "g": 1, "E": 1}
+SYMBOLS = {
+    "r": 2, "m": 3, "n": 3, "h": 8, "ensemble": 1, "ids": 2, "L": 2, "kv": 4, "d_k": 8, "d_v": 8,
+    "k": 1, "g": 1, "E": 1,
+}  # fmt: skip
 """The table's symbols for these fields, and for the tiny models (2 layers, 4 heads, width 32)."""
 COPYING = ("full", "freezing", "head", "bitfit")
 """Methods whose targets are parameters, or modules that stand for all of theirs."""

@@ -96,8 +96,10 @@ def prompt(kind: str) -> tuple[Tensor, Tensor]:
     model, ids = build("llama", "causal"), torch.randint(3, 60, (2, 5))
     base = copy.deepcopy(model)
     inlay.attach(model, make_method(kind, {"num_virtual_tokens": 3}))
-    vectors = next(iter(tensors(model).values()))
+    pieces = dict(adapters_of(model).get("default").pieces())
+    (owner,) = (piece for piece in pieces.values() if hasattr(piece, "prompt"))
     with torch.no_grad():
+        vectors = owner.prompt()  # the parameter itself, or what an encoder makes of others
         embedded = torch.cat((vectors.expand(2, -1, -1), base.model.embed_tokens(ids)), dim=1)
         return model(ids).logits, base(inputs_embeds=embedded).logits[:, 3:]
 
@@ -125,6 +127,7 @@ FORMULAS: dict[str, tuple[str, Callable[[str], tuple[Tensor, Tensor]]]] = {
     "ia3": ("y = l ⊙ (W x + b), or y = W (l ⊙ x) + b", linear(ia3)),
     "layer_norm": ("y = γ′ ⊙ (x − μ) / σ + β′", norm),
     "lora": ("y = W x + s · B (A x)", linear(lora)),
+    "p_tuning": ("E′ = [p_1 … p_n ; E(x)], p = MLP(e)", prompt),
     "prefix_tuning": ("softmax(q [K_p ; K]ᵀ / √d) [V_p ; V]", prefix),
     "prompt_tuning": ("E′ = [p_1 … p_n ; E(x)]", prompt),
     "trainable_tokens": ("E′[i] = v_i for chosen ids i", tokens),

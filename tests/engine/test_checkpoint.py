@@ -361,11 +361,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "JSON of another kind": (bytes_of(CONFIG, lambda b: b"[1, 2]"), "holds a JSON list, not an object"),
     "huge": (bytes_of(CONFIG, lambda b: b'{"a": "' + b"x" * 17_000_000 + b'"}'), "which no adapter config needs"),
     "empty object": (bytes_of(CONFIG, lambda b: b"{}"), "peft_type=None, which is unknown here"),
-    "unknown peft_type": (peft_only(peft_type="LORRA"), "peft_type='LORRA', which is unknown here; did you mean 'LORA'"),
+    "unknown peft_type": (peft_only(peft_type="LORRA"), "'LORRA', which is unknown here; did you mean 'LORA'"),
     "peft_type of another kind": (peft_only(peft_type=["LORA"]), "value that cannot be used"),
     "no targets": (peft_only(target_modules=None), "names no target_modules"),
     "targets of another kind": (peft_only(target_modules=5), "value that cannot be used"),
-    "targets not there": (peft_only(target_modules=["q_proj"]), r"target_modules=\['q_proj'\] of a base it does not name"),
+    "targets not there": (peft_only(target_modules=["q_proj"]), r"\['q_proj'\] of a base it does not name"),
     "a broken pattern": (peft_only(target_modules="first("), "not a regular expression"),
     "a rank in words": (peft_only(r="eight"), "rank must be a whole number"),
     "rank zero": (peft_only(r=0), "rank must be a whole number"),
@@ -377,7 +377,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a feature we lack": (peft_only(use_qalora=True), "uses use_qalora, which Inlay does not have"),
     "own entry emptied": (editing(lambda c: own(c).pop("methods")), "value that cannot be used"),
     "own entry of another kind": (editing(lambda c: own(c).update(methods=3)), "value that cannot be used"),
-    "own method unknown": (editing(lambda c: own(c)["methods"][0].update(kind="lorra")), "no method 'lorra'; did you mean"),
+    "own method unknown": (editing(lambda c: own(c)["methods"][0].update(kind="lorra")), "'lorra'; did you mean"),
     "own field unknown": (editing(lambda c: own(c)["methods"][0].update(rank=2)), "no field 'rank'"),
     "own base emptied": (editing(lambda c: own(c).update(base={"class": "Net"})), "value that cannot be used"),
     "a newer format": (editing(lambda c: own(c).update(format=99)), "upgrade inlay"),
@@ -401,15 +401,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle in its clothes": (
         lambda f: (torch.save({"a": torch.ones(1)}, f / "x"), (f / "x").replace(f / WEIGHTS)), "cannot be read"),
     "a tensor missing": (tensors(lambda t: t.pop(A)), "has no tensor '" + A),
-    "a tensor renamed": (tensors(lambda t: t.update({A + "s": t.pop(A)})), f"has no tensor '{A}'; did you mean '{A}s'"),
+    "a tensor renamed": (tensors(lambda t: t.update({A + "s": t.pop(A)})), f"no tensor '{A}'; did you mean '{A}s'"),
     "a tensor left over": (
         tensors(lambda t: t.update({A.replace("first", "third"): torch.ones(1)})),
         "1 tensors that nothing here takes, such as 'base_model.model.third.*did you mean"),
-    "another shape": (tensors(lambda t: t.update({A: torch.ones(2, 9)})), r"\(2, 9\) in the adapter file.*needs \(2, 8\)"),
+    "another shape": (tensors(lambda t: t.update({A: torch.ones(2, 9)})), r"\(2, 9\) in the adapter.*needs \(2, 8\)"),
     "fewer dimensions": (tensors(lambda t: t.update({A: torch.ones(())})), r"shape \(\) in the adapter file"),
-    "whole numbers": (tensors(lambda t: t.update({A: torch.ones(2, 8, dtype=torch.int64)})), "holds torch.int64, where"),
+    "whole numbers": (tensors(lambda t: t.update({A: torch.ones(2, 8).long()})), "holds torch.int64, where"),
     "of another save": (
-        lambda f: (inlay.save(adapted(1, LoRA(r=3, targets="first")), f / "x"), (f / "x" / WEIGHTS).replace(f / WEIGHTS)),
+        lambda f: (inlay.save(adapted(1, LoRA(targets="first")), f / "x") / WEIGHTS).replace(f / WEIGHTS),
         "come from two saves"),
 }  # fmt: skip
 
@@ -458,7 +458,7 @@ def test_wrong_use_is_named_and_changes_nothing(saved: Path, tmp_path: Path) -> 
     assert torch.equal(net(IDS), before)
     with pytest.raises(CheckpointError, match=r"there is no folder .*goood; near it: good"):
         inlay.load(Net(), tmp_path / "goood")
-    with pytest.raises(CheckpointError, match="its subfolder .*good looks like the one"):
+    with pytest.raises(CheckpointError, match=r"its subfolder .*good looks like the one"):
         inlay.load(Net(), tmp_path)
     callable_targets = inlay.attach(Net(), LoRA(r=2, targets=lambda site: site.name == "first"))
     assert torch.equal(inlay.load(Net(), inlay.save(callable_targets, tmp_path / "c"))(IDS), Net()(IDS))

@@ -157,7 +157,7 @@ def test_overrides_apply_field_by_field_and_must_match(hosts: nn.Module) -> None
     found = {site.name: (piece.lora_A.shape[0], piece.scale) for site, piece in pieces}
     assert found == {"linear": (5, 9 / 5), "narrow": (2, 9 / 2)}
     inlay.detach(hosts)
-    with pytest.raises(TargetError, match="override 'linaer' matches none.*'linear'"):
+    with pytest.raises(TargetError, match=r"override 'linaer' matches none.*'linear'"):
         inlay.attach(hosts, LoRA(targets="linear", overrides={"linaer": {"r": 4}}))
     assert type(hosts.linear) is nn.Linear
 
@@ -203,7 +203,9 @@ def test_dora_is_its_formula_with_the_norm_held_fixed() -> None:
 
 @pytest.mark.parametrize("order", [("default", "law"), ("law", "default")])
 @pytest.mark.parametrize("build", [Hosts, lambda: tiny.build("gpt2")], ids=["hosts", "gpt2"])
-def test_dora_and_lora_compose_as_their_merged_weights_do(build: Any, order: tuple[str, str], ids: torch.Tensor) -> None:
+def test_dora_and_lora_compose_as_their_merged_weights_do(
+    build: Any, order: tuple[str, str], ids: torch.Tensor
+) -> None:
     net = build().eval()
     targets = MODULES if isinstance(net, Hosts) else "c_attn,c_fc"
     inlay.attach(net, LoRA(r=2, targets=targets))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +85,20 @@ def read_by_peft(case: Case, folder: Path, expected: Tensor) -> None:
 def randomised_peft(model: nn.Module, config: dict[str, Any]) -> peft.PeftModel:
     """peft's model with values that make every tensor matter."""
     theirs = peft.get_peft_model(model, peft.LoraConfig(**config)).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter += torch.randn_like(parameter) * 0.1
+    shift(p for p in theirs.parameters() if p.requires_grad)
     return theirs
 
 
 def randomise(model: nn.Module, name: str = "default") -> None:
     """Move every parameter of an adapter away from where it started."""
-    with torch.no_grad():
-        for parameter in adapters_of(model).get(name).parameters():
-            parameter += torch.randn_like(parameter) * 0.1
+    shift(adapters_of(model).get(name).parameters())
+
+
+@torch.no_grad()
+def shift(parameters: Iterable[nn.Parameter]) -> None:
+    """Add noise to each parameter."""
+    for parameter in parameters:
+        parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
 def run(model: nn.Module, inputs: dict[str, Any], backward: bool = True) -> Tensor:

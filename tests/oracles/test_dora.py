@@ -38,8 +38,8 @@ CASES: dict[str, Case] = {
 }
 CASES["rank-stabilised, with patterns"] = Case(
     model("llama"), ids,
-    {"r": 4, "target_modules": ["q_proj", "v_proj"], "use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 2},
-     "alpha_pattern": {"layers.1.self_attn.q_proj": 3}},
+    {"r": 4, "target_modules": ["q_proj", "v_proj"], "use_dora": True, "use_rslora": True,
+     "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}},
     DoRA(r=4, alpha=8, rank_stabilised=True, targets="q_proj,v_proj",
          overrides={"v_proj": {"r": 2}, "layers.1.self_attn.q_proj": {"alpha": 3}}),
 )  # fmt: skip

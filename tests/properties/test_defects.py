@@ -1,4 +1,4 @@
-"""Defects that users of HF peft 0.21 suffer, each shown not to exist here. Names and numbers are those of its issues."""
+"""Defects that users of HF peft 0.21 suffer, each shown not to exist here. The numbers are its issues."""
 
 from __future__ import annotations
 

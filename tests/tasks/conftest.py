@@ -48,7 +48,7 @@ def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, model_input_names=names, **special)
 
 
-def byte_tokenizer(*, append_eos: bool, **special: str) -> PreTrainedTokenizerFast:
+def byte_tokenizer(*, append_eos: bool, length: int = 512, **special: str) -> PreTrainedTokenizerFast:
     """One token a byte: whatever is encoded can be decoded exactly."""
     tokens = ["<pad>", "</s>", "<s>", *BYTES]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
@@ -58,7 +58,7 @@ def byte_tokenizer(*, append_eos: bool, **special: str) -> PreTrainedTokenizerFa
         tokenizer.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
     names = {"pad_token": "<pad>", "eos_token": "</s>", **special}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"], model_max_length=512, **names
+        tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"], model_max_length=length, **names
     )
 
 
@@ -100,7 +100,7 @@ def llama(models_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def gpt2(models_folder: Path) -> Path:
     """GPT-2 of 2 layers of 32 over bytes: absolute positions, no padding token of its own."""
-    tokenizer = byte_tokenizer(append_eos=False)
+    tokenizer = byte_tokenizer(append_eos=False, length=256)
     config = GPT2Config(
         vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=256, initializer_range=0.3,
         bos_token_id=1, eos_token_id=1,

@@ -181,8 +181,11 @@ def test_tokenizer_and_model_must_fit(bert: Path, llama: Path, gpt2: Path) -> No
     with pytest.raises(ConfigError, match="do not belong together"):
         task.collator(task.load_tokenizer(llama), task.load_model(bert))
     long = make_task("text-classification", labels=LABELS, problem_type="single_label_classification", max_length=300)
+    tokenizer, model = long.load_tokenizer(gpt2), long.load_model(gpt2)
+    long.collator(tokenizer, model)  # the tokenizer says 256, and cuts there
+    tokenizer.model_max_length = 10**9
     with pytest.raises(ConfigError, match="max_length=300 is more than the 256 positions"):
-        long.collator(long.load_tokenizer(gpt2), long.load_model(gpt2))
+        long.collator(tokenizer, model)
 
 
 def test_evaluating_leaves_every_training_flag_as_it_was(bert: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from inlay.engine.controller import Controller
-from inlay.errors import ConfigError, TrainingError
+from inlay.errors import ConfigError, DataError, TrainingError
 from inlay.tasks.text_classification import TextClassification
 from inlay.train import Interrupted, Run, train
 from inlay.train import trainer as trainer_module
@@ -220,6 +220,25 @@ def test_resuming_another_run_is_refused(make_run: Callable[..., Run], monkeypat
         train(run, resume=True)
     with pytest.raises(ConfigError, match=r"already holds a run .*--overwrite to replace it$"):
         train(run)
+
+
+def test_a_new_run_never_mixes_with_what_is_there(make_run: Callable[..., Run]) -> None:
+    run = make_run()
+    out = Path(run.out)
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"holds README\.md, which no run left there"):
+            train(run, overwrite=overwrite)
+    (out / "README.md").unlink()
+    (out / "mine.txt").write_text("mine")
+    train(run, progress=False)
+    with pytest.raises(DataError):
+        train(make_run(columns={"text": "nowhere"}), overwrite=True)
+    assert (out / "record.json").exists()  # a run that cannot start takes nothing away
+    train(make_run(train={"max_steps": 1}), overwrite=True, progress=False)
+    assert len(curve(run)) == 2
+    assert (out / "mine.txt").read_text() == "mine"
 
 
 def test_there_must_be_something_to_resume(make_run: Callable[..., Run]) -> None:

@@ -353,8 +353,8 @@ def _fill(
     for key in found.keys() & tensors.keys():
         if found[key].is_floating_point() != tensors[key].is_floating_point():
             raise CheckpointError(
-                f"{folder / files.WEIGHTS}: {key!r} holds {tensors[key].dtype}, where {found[key].dtype} is needed: the "
-                "file is damaged, or not an adapter"
+                f"{folder / files.WEIGHTS}: {key!r} holds {tensors[key].dtype}, where {found[key].dtype} is needed: "
+                "the file is damaged, or not an adapter"
             )
     tensors = dict(tensors)
     for number, (method, placed) in enumerate(zip(adapter.methods, adapter.placed, strict=True)):

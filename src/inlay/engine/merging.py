@@ -45,7 +45,8 @@ def _refuse_unmergeable(path: str, module: nn.Module, inlays: Inlays, adapters: 
         if weight is None or not weight.is_floating_point():
             stored = "recomputed at each call (parametrised)" if weight is None else f"quantised to {weight.dtype}"
             raise UnsupportedError(
-                f"cannot merge into {path}, whose weight is {stored}: load the adapter on the plain base and merge there"
+                f"cannot merge into {path}, whose weight is {stored}: load the adapter on the plain base, and merge it "
+                "there"
             )
 
 

@@ -63,7 +63,9 @@ def prefix_sources(
     """What gives each layer its (n, rows) keys and values, started as `method` says."""
     dtype, device, n = trainable_dtype(sites[0].dtype), sites[0].device, method.num_virtual_tokens
     if method.projection_size is not None:
-        shared = Projection(n, int(sites[0].module.config.hidden_size), method.projection_size)  # type: ignore[union-attr]
+        config: Any = sites[0].module.config
+        width = int(config.hidden_size)
+        shared = Projection(n, width, method.projection_size)
         projected = [
             ProjectedPrefix(shared, method.projection_size, count, owns=i == 0) for i, count in enumerate(rows)
         ]

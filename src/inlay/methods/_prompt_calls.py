@@ -92,9 +92,9 @@ def lengthen_mask(call: dict[str, Any], count: int, length: int, past: int, enco
         seen = int(call["position_ids"].max()) + 1
     if exact and past > 0 and seen is not None and seen + count != past + length:
         raise UnsupportedError(
-            f"the cache holds {past} positions, but with the virtual tokens it should hold {seen + count - length}: "
-            "`generate` counts positions without the prompt when it goes on from an earlier cache; start without one, or "
-            "use prefix tuning"
+            f"the cache holds {past} positions, but with the prompt it should hold {seen + count - length}: "
+            "`generate` counts positions without the prompt when it goes on from an earlier cache; start without one, "
+            "or use prefix tuning"
         )
 
 
@@ -102,9 +102,10 @@ def token_order(call: dict[str, Any], text: Tensor, first: int) -> Tensor:
     """(…, T): 0 for the first token of each text, 1 for the next, …; −1 for padding, as far as the call tells."""
     mask, positions = call.get("attention_mask"), call.get("position_ids")
     if isinstance(mask, Tensor) and mask.ndim == text.ndim:
-        return (mask.long().cumsum(-1) * mask.long() - 1)[..., -text.shape[-1] :]
+        order: Tensor = mask.long().cumsum(-1) * mask.long() - 1
+        return order[..., -text.shape[-1] :]
     if positions is not None and positions.ndim == text.ndim:
-        return (positions - first).expand(text.shape)
+        return torch.sub(positions, first).expand(text.shape)
     cache = call.get("past_key_values")
     past = 0 if cache is None else cache.get_seq_length()
     return (torch.arange(text.shape[-1], device=text.device) + past).expand(text.shape)

@@ -36,7 +36,7 @@ def initial_prompt(
     if init == "zeros":
         return torch.zeros(count, weight.shape[1], device=weight.device)
     if init == "random":
-        return torch.randn(count, weight.shape[1]).to(weight.device) * weight.float().std()
+        return torch.randn(count, weight.shape[1]).to(weight.device).mul(float(weight.float().std()))
     if init == "vocabulary":
         return _sample(embedding, count)
     encode = token_encoder(model, tokenizer, init)

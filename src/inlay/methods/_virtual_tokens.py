@@ -94,7 +94,7 @@ class VirtualTokens(SharesPrompt):
     def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = None if args else next(iter(kwargs))
         ids: Tensor = args[0] if name is None else kwargs[name]
-        # A prompt comes whole, before at least one token: a call no longer than it (a decoding step) has none of it.
+        # A prompt comes whole, before at least one token: a call no longer than it (a decoding step) has none.
         if not self.code.added and ids.shape[-1] <= self.code.length:
             return inner(*args, **kwargs)
         digits, plain = self.code.read(ids)
@@ -106,7 +106,7 @@ class VirtualTokens(SharesPrompt):
 class PromptEntry(SharesPrompt):
     """On the module that receives the text: puts the virtual tokens in, and takes their positions out of the output.
 
-    `positions` is how many positions the model has, where it has a table of them, and `first` is the first of them. With
+    `positions` is how many positions the model has, where it has a table of them; `first` is the first of them. With
     `keep` the output stays as long as it is: it is an encoder's, and the decoder attends to the prompt as well.
     """
 

@@ -36,8 +36,8 @@ class PTuning(Method):
         "mlp"   n·d + h(d + 1) + h(h + 1) + d(h + 1)
         "lstm"  n·d + 8h(d + h + 2) + (k − 1)·8h(3h + 2) + 2h(2h + 1) + d(2h + 1)
 
-    It is HF peft's P_TUNING, which saves the vectors only; here the encoder is kept in the second file, so that training
-    goes on. With `deep`, everything is as in PrefixTuning(projection_size=hidden_size).
+    It is HF peft's P_TUNING, which saves the vectors only; here the encoder is kept in the second file: training goes
+    on. With `deep`, everything is as in PrefixTuning(projection_size=hidden_size).
     `torch.compile` has no LSTM in a full graph, unless torch._dynamo.config.allow_rnn says so.
     """
 
@@ -175,6 +175,7 @@ class EncodedPrompt(nn.Module):
             self.mlp = nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d))
 
     def forward(self) -> Tensor:
+        """(n, d)."""
         hidden: Tensor = self.embedding
         if self.lstm is not None:
             hidden = self.lstm(hidden.unsqueeze(0))[0].squeeze(0)

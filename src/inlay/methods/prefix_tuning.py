@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from inlay.engine.piece import Method, Piece, take
 from inlay.errors import CheckpointError, ConfigError, UnsupportedError
-from inlay.methods import _attention as attention
+from inlay.methods import _attention_sites as places
+from inlay.methods._attention import PositionShift, PrefixAttention, switch_off, switch_on
 from inlay.methods._prefix_source import prefix_sources
 from inlay.methods._prompts import arguments_of, encoder_of
 
@@ -84,7 +85,7 @@ class PrefixTuning(Method):
             sites = [site for site in sites if (id(site.module) in inside) == (self.stacks == "encoder")]
         if not sites:
             raise ConfigError(f"PrefixTuning(targets={self.targets!r}, stacks={self.stacks!r}) leaves no attention")
-        attention.check_interface(index.model, sites, type(self).__name__)
+        places.check_interface(index.model, sites, type(self).__name__)
         return sites
 
     def build(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Piece]]:
@@ -92,28 +93,28 @@ class PrefixTuning(Method):
         from inlay.engine.sites import SiteIndex
 
         index = SiteIndex(model)
-        shapes = [attention.key_value_shape(site, index) for site in sites]
+        shapes = [places.key_value_shape(site, index) for site in sites]
         rows = [heads * (keys + values) for heads, keys, values in shapes]
         sources = prefix_sources(self, model, sites, rows)
         pieces: list[tuple[Site, Piece]] = []
         for site, shape, source in zip(sites, shapes, sources, strict=True):
-            bias = attention.bias_source(site, model)
-            pieces.append((site, attention.PrefixAttention(source, self.num_virtual_tokens, shape, site.module, bias)))
+            bias = places.bias_source(site, model)
+            pieces.append((site, PrefixAttention(source, self.num_virtual_tokens, shape, site.module, bias)))
         if self.shift_positions:
             by_path = {site.path: site for site in index.sites if site.parameter is None}
-            for path, module, positions, start in attention.position_modules(model, sites):
-                shift = attention.PositionShift(self.num_virtual_tokens, arguments_of(module), positions, start)
+            for path, module, positions, start in places.position_modules(model, sites):
+                shift = PositionShift(self.num_virtual_tokens, arguments_of(module), positions, start)
                 pieces.append((by_path[path], shift))
         return pieces
 
     def on_attach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
         """Have the attentions' configs name the function that knows prefixes."""
         placed = _prefixes(pieces)
-        attention.switch_on([piece for _, piece in placed], [site for site, _ in placed])
+        switch_on([piece for _, piece in placed], [site for site, _ in placed])
 
     def on_detach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
         """Give the configs back their names."""
-        attention.switch_off(model, [piece for _, piece in _prefixes(pieces)])
+        switch_off(model, [piece for _, piece in _prefixes(pieces)])
 
     def for_file(self) -> Method:
         """The method as a file describes it: how the prefix started no longer matters."""
@@ -149,15 +150,15 @@ class PrefixTuning(Method):
                 for name, parameter in more.items():
                     parameter.copy_(take(extra, name, parameter.shape))
             return
-        parts = stored.split([piece.source().shape[1] for _, piece in placed], dim=-1)
+        parts = torch.split(stored, [piece.source().shape[1] for _, piece in placed], dim=-1)
         with torch.no_grad():
             for (_, piece), part in zip(placed, parts, strict=True):
                 piece.source().copy_(part)
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
         """peft's PrefixTuningConfig; UnsupportedError for what it has no fields for."""
-        sites = [site for site in sites if attention.uses_interface(site.module)]
-        shapes = {attention.key_value_shape(site, index) for site in sites}
+        sites = [site for site in sites if places.uses_interface(site.module)]
+        shapes = {places.key_value_shape(site, index) for site in sites}
         complete = dataclasses.replace(self, targets=None, exclude=None, layers=None).sites(index)
         heads, keys, values = shapes.pop()
         if (
@@ -203,5 +204,5 @@ class PeftHalves(PrefixTuning):
         super().import_(pieces, tensors, extra)
 
 
-def _prefixes(pieces: Sequence[tuple[Site, Piece]]) -> list[tuple[Site, attention.PrefixAttention]]:
-    return [(site, piece) for site, piece in pieces if isinstance(piece, attention.PrefixAttention)]
+def _prefixes(pieces: Sequence[tuple[Site, Piece]]) -> list[tuple[Site, PrefixAttention]]:
+    return [(site, piece) for site, piece in pieces if isinstance(piece, PrefixAttention)]

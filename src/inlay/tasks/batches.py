@@ -74,7 +74,7 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_le
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: they do not belong together"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
+    max_length, positions = length_limit(tokenizer, max_length), getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < max_length:
         raise ConfigError(
             f"max_length={max_length} is more than the {positions} positions of this {model.config.model_type} model: "

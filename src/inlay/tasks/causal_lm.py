@@ -95,8 +95,8 @@ class CausalLM(Task):
             raise ConfigError(f"metrics={list(self.metrics)} compare with targets, and the rows are plain text")
         for split, rows in splits.items():
             task._prompts_read(rows)
-            if self._style() == "pair" and (split != "test" or self.column("target") in rows.column_names):
-                need_references(rows, self.column("target"))
+            if self._style() == "pair":
+                (references if split == "test" else need_references)(rows, self.column("target"))
         return task
 
     @override

@@ -1,7 +1,7 @@
 """Several short examples in one row, each seeing only itself.
 
 Position numbers start again at 0 with every example; from that, transformers builds a block-diagonal attention mask (no
-`attention_mask` is given). The first label of each example is ignored, so that no example predicts the next one:
+`attention_mask` is given, and no cache). The first label of each example is ignored, so that no example predicts the next one:
 
     sum of losses over packed rows = sum of losses over the examples, each alone
 
@@ -52,7 +52,12 @@ def pack(examples: Sequence[dict[str, Any]], limit: int) -> list[dict[str, list[
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """Raise ConfigError when what comes before it in a packed row changes an example's outputs."""
+    """Raise ConfigError when what comes before it in a packed row changes an example's outputs.
+
+    Sets `config.use_cache = False` (generation has its own setting): with a cache, transformers takes positions that
+    start again for a continuation, and builds no block-diagonal mask.
+    """
+    model.config.use_cache = False
     device = next(model.parameters()).device
     size = min(int(model.get_input_embeddings().num_embeddings), 64)  # type: ignore[arg-type]
     row = torch.arange(8, device=device).remainder(size)[None]

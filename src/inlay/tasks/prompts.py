@@ -74,7 +74,13 @@ def prompts(rows: Dataset, columns: Mapping[str, str], template: str) -> list[st
 
 
 def references(rows: Dataset, column: str) -> list[list[str]] | None:
-    """Row by row the texts to generate (several where the column holds lists); None where the rows have none."""
+    """Row by row the texts to generate (several where the column holds lists); None where the rows have none.
+
+    Published data often has "target" in training and "targets" in test: a missing column is looked for in the other
+    number.
+    """
+    if column not in rows.column_names:
+        column = column.removesuffix("s") if column.endswith("s") else f"{column}s"
     if column not in rows.column_names:
         return None
     cells = values(rows, column, "target")

@@ -70,8 +70,7 @@ class Seq2Seq(Task):
         )
         for split, rows in splits.items():
             task._sources(rows)
-            if split != "test" or self.column("target") in rows.column_names:
-                need_references(rows, self.column("target"))
+            (references if split == "test" else need_references)(rows, self.column("target"))
         return task
 
     @override

@@ -56,7 +56,7 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
     if resume:
         run = resumed_run(run, out)
     else:
-        clear(out, overwrite)
+        refuse_to_mix(out, overwrite)
     ready = prepare(run)
     checkpoint = last_checkpoint(out / CHECKPOINTS) if resume else None
     if checkpoint is not None:
@@ -67,8 +67,12 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
     if progress:
         print(f"{ready.task.describe()}\n{counts}", file=sys.stderr, flush=True)
     trainer, stop = make_trainer(ready, out, checkpoint, progress)
-    write_text(out / RUN_FILE, ready.run.to_yaml())
-    write_json(out / TASK_FILE, ready.task.to_dict())
+    main = trainer.is_world_process_zero()  # where several processes train together, one of them writes
+    if main:
+        if not resume:
+            clear(out)
+        write_text(out / RUN_FILE, ready.run.to_yaml())
+        write_json(out / TASK_FILE, ready.task.to_dict())
     fit(trainer, stop, out)
     best = finish(ready, trainer, out)
     record = Record(
@@ -90,16 +94,19 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
         versions=versions(),
         out=str(out),
     )
-    name = record.primary_metric
-    write_text(out / CHART_FILE, loss_chart(trainer.curve.lines, name, f"{out.name}: loss and {name}"))
-    write_text(out / CARD_FILE, model_card(record, ready.run, str(counts)))
-    record.write()
+    if main:
+        name = record.primary_metric
+        write_text(out / CHART_FILE, loss_chart(trainer.curve.lines, name, f"{out.name}: loss and {name}"))
+        write_text(out / CARD_FILE, model_card(record, ready.run, str(counts)))
+        record.write()
     return record
 
 
-def clear(out: Path, overwrite: bool) -> None:
-    """Make sure that a new run does not mix with an old one. Raises ConfigError when one is there."""
-    there = [name for name in LEFT_BY_A_RUN if (out / name).exists()]
+def refuse_to_mix(out: Path, overwrite: bool) -> None:
+    """Raise ConfigError when a new run would mix with an earlier one, or write over files that no run left."""
+    there = _there(out)
+    if there and RUN_FILE not in there:
+        raise ConfigError(f"{out} holds {', '.join(there)}, which no run left there: choose another --out")
     if there and not overwrite:
         begun = not (out / RECORD_FILE).exists() and checkpoints(out / CHECKPOINTS)
         go_on = ", or --resume to go on with it" if begun else ""
@@ -108,9 +115,19 @@ def clear(out: Path, overwrite: bool) -> None:
         )
     if out.is_file():
         raise ConfigError(f"--out {out} is a file; it has to be a folder")
-    for name in there:
+
+
+def clear(out: Path) -> None:
+    """Take an earlier run away, now that nothing else can keep the new one from starting."""
+    for name in _there(out):
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _there(out: Path) -> list[str]:
+    """What a run leaves behind, as far as it is in the folder; empty folders do not count."""
+    paths = [out / name for name in LEFT_BY_A_RUN]
+    return [path.name for path in paths if path.is_file() or (path.is_dir() and any(path.iterdir()))]
 
 
 def resumed_run(given: Run, out: Path) -> Run:
@@ -172,15 +189,23 @@ def fit(trainer: Trainer, stop: Stop, out: Path) -> None:
 def finish(ready: Prepared, trainer: Trainer, out: Path) -> int:
     """Put the best adapter, or the last where nothing chose, into `out/adapter`; returns the step it is from."""
     best = read_best(trainer.folder)
+    step = int(best["step"]) if best is not None else trainer.state.global_step
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        _put_in_place(ready, trainer, out, best is not None)
+    trainer.accelerator.wait_for_everyone()
+    return step
+
+
+def _put_in_place(ready: Prepared, trainer: Trainer, out: Path, best: bool) -> None:
     with staged(out / ADAPTER, "saving the adapter to") as folder:
-        if best is None:
+        if not best:
             save(ready.model, folder)
         else:
             not_adapter = shutil.ignore_patterns(MARKER, BEST_FILE)
             shutil.copytree(trainer.folder / "best", folder, dirs_exist_ok=True, ignore=not_adapter)
         write_json(folder / TASK_FILE, ready.task.to_dict())
     shutil.rmtree(trainer.folder / "best", ignore_errors=True)
-    return int(best["step"]) if best is not None else trainer.state.global_step
 
 
 def measure(ready: Prepared, trainer: Trainer, out: Path) -> dict[str, dict[str, float]]:
