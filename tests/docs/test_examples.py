@@ -1,4 +1,4 @@
-"""What the pages show runs: their Python, command lines, run.yaml and links; and no public name is missing from them."""
+"""What the pages show runs: their Python, command lines, run.yaml and links; and no public name is missing there."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": f"example in {page.name}"}
     for block in blocks(page, "python"):
-        exec(compile(block, str(page), "exec"), namespace)
+        exec(compile(block, str(page), "exec", dont_inherit=True), namespace)
 
 
 # -- command lines -----------------------------------------------------------------------------------------------------
@@ -125,7 +125,8 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_every_page_of_docs_is_reached_from_the_index() -> None:
-    pages, reached = {path.resolve() for path in (ROOT / "docs").rglob("*.md")}, set()
+    pages = {path.resolve() for path in (ROOT / "docs").rglob("*.md") if path.parent.name != "adr"}
+    reached = set()
     waiting = [(ROOT / "docs" / "index.md").resolve()]
     while waiting:
         page = waiting.pop()
@@ -133,4 +134,4 @@ def test_every_page_of_docs_is_reached_from_the_index() -> None:
         targets = re.findall(r"\]\(([^)#]+\.md)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
         found = {(page.parent / target).resolve() for target in targets if not target.startswith("https://")}
         waiting += found & pages - reached
-    assert reached == pages
+    assert reached >= pages

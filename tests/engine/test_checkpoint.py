@@ -260,6 +260,15 @@ def test_leftovers_of_killed_saves_are_swept_up_when_old(saved: Path) -> None:
     assert sorted(p.name for p in saved.iterdir()) == [f"{files.SAVING}young", CONFIG, WEIGHTS]
 
 
+def test_an_extra_file_must_be_there_whole_and_of_the_same_save(saved: Path) -> None:
+    edit(saved, lambda config: own(config).update(extra=True))
+    with pytest.raises(CheckpointError, match="has no adapter_extra.safetensors: the adapter is incomplete"):
+        inlay.load(Net(), saved)
+    save_file({"0.encoder": torch.ones(2)}, saved / files.EXTRA, metadata={"inlay": "another"})
+    with pytest.raises(CheckpointError, match="come from two saves"):
+        inlay.load(Net(), saved)
+
+
 def test_an_extra_file_of_an_older_adapter_is_not_read_and_goes_away(saved: Path) -> None:
     save_file({"0.encoder": torch.ones(2)}, saved / files.EXTRA)
     inlay.load(Net(), saved)
@@ -496,7 +505,7 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="there is no parameter"):
         inlay.load(tiny.build("llama"), tmp_path)
     edit(tmp_path, lambda config: config.update(auto_mapping=None, base_model_name_or_path="some/llama"))
-    with pytest.raises(BaseModelError, match=r"adapts target_modules=\['q_proj'\] of some/llama, which GPT2LMHeadModel"):
+    with pytest.raises(BaseModelError, match=r"adapts target_modules=\['q_proj'\] of some/llama, which GPT2"):
         inlay.load(tiny.build("gpt2", "causal"), tmp_path)
 
 

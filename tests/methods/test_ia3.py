@@ -10,7 +10,7 @@ from torch import nn
 
 import inlay
 from inlay.engine.adapters import adapters_of
-from inlay.errors import ConfigError, UnsupportedError
+from inlay.errors import ConfigError, TargetError, UnsupportedError
 
 EXACT = {"rtol": 1e-6, "atol": 1e-6}  # the same products, rounded in another order
 
@@ -109,6 +109,8 @@ def test_adding_to_the_input_cannot_be_merged() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ConfigError, match="multiplicative, additive"):
         inlay.IA3(form="both")  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match=r"feedforward='output.denze' is none of the targets"):
+        inlay.attach(build("bert"), inlay.IA3(feedforward="down,output.denze"))
     with pytest.raises(UnsupportedError, match=r"self_attn\.in_proj_weight.*its bias"):
         inlay.attach(build_transformer_encoder(), inlay.IA3(targets="key"))
 

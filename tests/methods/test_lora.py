@@ -242,12 +242,15 @@ def test_it_compiles_in_one_graph_with_its_gradients(hosts: nn.Module, ids: torc
             torch.testing.assert_close(p.grad, expected[name])
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-@pytest.mark.parametrize("method", [LoRA, DoRA])
-def test_whole_models_compile_in_one_graph(name: str, method: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("llama", LoRA(r=2, targets="q_proj,v_proj")), ("llama", DoRA(r=2, targets="q_proj,v_proj")),
+     ("mixtral", LoRA(r=2, targets="q_proj,gate_up_proj,down_proj"))],
+    ids=["lora", "dora", "experts"],
+)  # fmt: skip
+def test_whole_models_compile_in_one_graph(name: str, method: LoRA) -> None:
     net = tiny.build(name, "causal")
-    targets = "q_proj,v_proj,gate_up_proj,down_proj" if name == "mixtral" and method is LoRA else "q_proj,v_proj"
-    inlay.attach(net, method(r=2, targets=targets))
+    inlay.attach(net, method)
     randomise(net)
     torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, backend="eager")
@@ -332,7 +335,7 @@ def test_a_quantised_weight_takes_lora_but_no_dora_factors_or_merging() -> None:
         inlay.attach(net, LoRA(r=2, targets="re:0", init="pissa"))
 
 
-def test_a_parametrised_weight_takes_lora_but_no_merging() -> None:
+def test_a_parametrised_weight_takes_lora_but_no_dora_or_merging() -> None:
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)))
     x = torch.randn(2, 4, 6)
     before = net(x)
@@ -340,6 +343,9 @@ def test_a_parametrised_weight_takes_lora_but_no_merging() -> None:
     assert torch.equal(net(x), before)
     with pytest.raises(UnsupportedError, match="parametrised"):
         inlay.merge(net)
+    inlay.detach(net)
+    with pytest.raises(UnsupportedError, match="parametrised"):
+        inlay.attach(net, DoRA(r=2, targets="re:0"))
 
 
 @pytest.mark.parametrize(

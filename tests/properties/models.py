@@ -151,8 +151,8 @@ class Row:
     identity: float = 0.0
     """Largest change of an output at the start, relative to the largest output; 0 means the very bits of the base."""
     mergeable: bool = True
-    peft: bool = True
-    """Whether HF peft can read the adapter's file."""
+    peft: bool | str = True
+    """Whether HF peft can read the adapter's file, or as what, if not under the method's own name."""
     targets: bool = True
     """Whether the method has targets."""
     compiled: tuple[str, ...] | None = None

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -139,6 +138,13 @@ ROWS = [
         "bert": N * 2 * 64, "llama": N * 2 * 32, "gpt2": N * 2 * 64, "t5": N * 2 * 64, "vit": N * 2 * 64,
         "mixtral": N * 2 * 32,
     }, identity=2.0, mergeable=False, refuses={"torch": None, "conv": None}),
+    Row("p_tuning", inlay.PTuning(num_virtual_tokens=N, hidden_size=5),
+        dict.fromkeys(TEXT, N * 32 + 5 * 33 + 5 * 6 + 32 * 6), identity=2.0, mergeable=False, targets=False),
+    Row("p_tuning-lstm", inlay.PTuning(num_virtual_tokens=N, encoder="lstm", hidden_size=4, num_layers=1),
+        {"gpt2": N * 32 + 8 * 4 * (32 + 4 + 2) + 2 * 4 * (2 * 4 + 1) + 32 * (2 * 4 + 1)}, identity=2.0, mergeable=False,
+        targets=False, compiled=()),  # torch compiles no LSTM in one graph
+    Row("p_tuning-deep", inlay.PTuning(num_virtual_tokens=N, deep=True), {"bert": N * 2 * 64, "llama": N * 2 * 32},
+        identity=2.0, mergeable=False, peft="PREFIX_TUNING", compiled=()),
     Row("prefix_tuning-mlp", inlay.PrefixTuning(num_virtual_tokens=N, projection_size=5),
         {"llama": N * 32 + 5 * 33 + 6 * 2 * 32}, identity=2.0, mergeable=False),
 ]  # fmt: skip
@@ -259,7 +265,7 @@ def test_6_hf_peft_reads_the_file_and_computes_the_same(row: Row, host: str, tmp
     model = row.attached(host)
     inlay.save(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["peft_type"] == (row.method.peft_type if row.peft else "INLAY")
+    assert config["peft_type"] == {True: row.method.peft_type, False: "INLAY"}.get(row.peft, row.peft)
     if row.peft:
         peft = pytest.importorskip("peft")
         theirs = output(peft.PeftModel.from_pretrained(fresh(host), tmp_path), host)
@@ -288,7 +294,9 @@ def test_7_a_bfloat16_base(row: Row, host: str) -> None:
     assert {parameter.dtype for parameter in adapters_of(model).get("default").parameters()} == {torch.float32}
     found = output(perturb(model), host)
     assert found.dtype == torch.bfloat16
-    near(found, output(row.attached(host), host), 0.1)  # here the weights are rounded too
+    expected = output(row.attached(host), host)
+    near(found, expected, 0.1)  # here the weights are rounded too
+    near(output(row.attached(host).bfloat16(), host), expected, 0.1)  # and here those of the pieces
     assert all(gradient.isfinite().all() for gradient in gradients(model, host).values())
     if row.mergeable:
         before = base_bits(model)
@@ -358,7 +366,7 @@ def test_9_a_target_that_matches_nothing(row: Row, host: str) -> None:
 def test_9_a_place_where_the_method_cannot_sit(row: Row, host: str) -> None:
     model, method = fresh(host), row.method
     before = snapshot(model)
-    with pytest.raises(InlayError, match=r"\w+"):
+    with pytest.raises(InlayError, match="matches|cannot sit|no place|no new head|needs a model|no feed-forward|heads"):
         inlay.attach(model, method if row.refuses[host] is None else method.replace(targets=row.refuses[host]))
     assert snapshot(model) == before
 
@@ -372,9 +380,10 @@ def test_9_a_file_with_a_tensor_or_a_field_that_nobody_knows(row: Row, host: str
     key = list(tensors)[-1]
     model = fresh(host)
     before = snapshot(model)
-    for damaged in ({**tensors, f"{key}x": torch.ones(2)}, {k: v for k, v in tensors.items() if k != key}):
+    missing = {k: v for k, v in tensors.items() if not torch.equal(v, tensors[key])}  # of two tied ones, one will do
+    for damaged in ({**tensors, f"{key}x": torch.ones(2)}, missing):
         save_file(damaged, path, metadata)
-        with pytest.raises(CheckpointError, match=re.escape(re.sub(r"^\d\.", "", key))):
+        with pytest.raises(CheckpointError, match=r"no tensor '[\w.]+'|nothing here takes, such as '[\w.]+x'; did you"):
             inlay.load(model, tmp_path)
         assert snapshot(model) == before
     save_file(tensors, path, metadata)

@@ -275,6 +275,16 @@ def test_detaching_in_any_order_leaves_the_others_as_they_are() -> None:
     assert torch.equal(output(model.requires_grad_(False), "llama"), base_output("llama"))
 
 
+def test_an_adapter_detached_while_others_are_used_does_not_come_back() -> None:
+    model = two("bert", LORA, inlay.BitFit())
+    with inlay.using(model, "law"):
+        inlay.detach(model, "default")
+    assert inlay.active(model) == ("law",)
+    with inlay.disabled(model):
+        inlay.detach(model)
+    assert torch.equal(output(model.requires_grad_(False), "bert"), base_output("bert"))
+
+
 # -- merged ------------------------------------------------------------------------------------------------------------
 
 

@@ -124,7 +124,9 @@ def test_assistant_turns_are_learned_without_a_template(gpt2: Path) -> None:
     assert learned(task, [{"messages": CHAT}], tokenizer) == [(whole, [" Hello.</s>\n", " No.</s>\n"])]
     share = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
     task = resolve([{"conversations": share}])
-    assert learned(task, [{"conversations": share}], tokenizer) == [("User: Hi\nAssistant: Hello.</s>\n", [" Hello.</s>\n"])]
+    assert learned(task, [{"conversations": share}], tokenizer) == [
+        ("User: Hi\nAssistant: Hello.</s>\n", [" Hello.</s>\n"])
+    ]
 
 
 def test_assistant_turns_are_learned_with_the_tokenizers_template(gpt2: Path) -> None:
@@ -237,7 +239,9 @@ def test_packed_loss_equals_the_losses_of_the_examples_alone(
             labels = batch.pop("labels")[:, 1:]
             with torch.no_grad():
                 logits = model(**batch).logits[:, :-1].float()
-            total += functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum").item()
+            total += functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+            ).item()
             count += int((labels != IGNORE).sum())
         return total, count
 
@@ -274,7 +278,9 @@ def test_the_real_story_teller_scores_and_goes_on(stories: Path, shared_data: Pa
     scores = task.evaluate(model, tokenizer, rows)
     assert 1.2 < scores["loss"] < 1.8  # the data's notes say 1.50 nats a token on 12 stories
     assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
-    starts = Dataset.from_list([{"text": "Once upon a time"}, {"text": "Lily and her mom went to the park. They saw a big"}])
+    starts = Dataset.from_list(
+        [{"text": "Once upon a time"}, {"text": "Lily and her mom went to the park. They saw a big"}]
+    )
     both = task.predict(model, tokenizer, starts)
     assert both[0]["generation"].startswith(", there was a little girl")
     # left padding must not change what is generated
@@ -317,7 +323,10 @@ def test_prompts_leave_room_for_what_is_generated(gpt2: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"source": "a", "target": "b"}, {"source": None, "target": "b"}], r"line 2: the source \(column 'source'\) is null"),
+        (
+            [{"source": "a", "target": "b"}, {"source": None, "target": "b"}],
+            r"line 2: the source \(column 'source'\) is null",
+        ),
         ([{"source": "a", "target": "b"}, {"source": "a", "target": ""}], "line 2: the target .* is empty"),
         ([{"source": "a", "targets": ["b"]}, {"source": "a", "targets": []}], "line 2: the targets .* are empty"),
         ([{"instruction": "", "target": "b"}], "line 1: the instruction .* is empty"),

@@ -46,7 +46,11 @@ def test_no_text_is_lost_and_pieces_fit(task: Task, rows: Dataset, bert: Path) -
         token for ids, special in zip(features["input_ids"][:], features["special_tokens_mask"][:], strict=True)
         for token, is_special in zip(ids, special, strict=True) if not is_special
     ]  # fmt: skip
-    whole = [token for text in rows["text"][:] for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    whole = [
+        token
+        for text in rows["text"][:]
+        for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ]
     assert pieces == whole
 
 
@@ -61,6 +65,7 @@ def test_fifteen_percent_and_eighty_ten_ten(task: Task, rows: Dataset, bert: Pat
     assert torch.equal(batch["labels"][chosen], original[chosen])
     assert torch.equal(batch["input_ids"][~chosen], original[~chosen])
     count = chosen.sum().item()
+
     # binomial: four standard deviations of the share around its mean
     def near(share: float, mean: float, among: float) -> bool:
         return abs(share - mean) < 4 * math.sqrt(mean * (1 - mean) / among)
@@ -83,7 +88,9 @@ def test_masks_change_with_the_batch_and_repeat_with_it(task: Task, rows: Datase
     assert all(torch.equal(first[name], again[name]) for name in first)
     other = task.collator(tokenizer, model)(features[::-1])
     assert not torch.equal(other["labels"].flip(0), first["labels"])
-    seeded = make_task("masked-lm", columns={"text": "text"}, max_length=64, seed=1).collator(tokenizer, model)(features)
+    seeded = make_task("masked-lm", columns={"text": "text"}, max_length=64, seed=1).collator(tokenizer, model)(
+        features
+    )
     assert not torch.equal(seeded["labels"], first["labels"])
 
 
@@ -97,7 +104,9 @@ def test_every_example_has_something_to_guess(task: Task, bert: Path) -> None:
 
 def test_predict_fills_the_masks(task: Task, bert: Path) -> None:
     tokenizer, model = task.load_tokenizer(bert), task.load_model(bert)
-    found = task.predict(model, tokenizer, Dataset.from_list([{"text": "where is my [MASK] and [MASK]"}, {"text": "[MASK]"}]))
+    found = task.predict(
+        model, tokenizer, Dataset.from_list([{"text": "where is my [MASK] and [MASK]"}, {"text": "[MASK]"}])
+    )
     assert [len(row["fills"]) for row in found] == [2, 1]
     assert "[MASK]" not in found[0]["filled"]
     assert found[0]["filled"].startswith("where is my ")

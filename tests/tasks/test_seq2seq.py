@@ -71,13 +71,17 @@ def test_scores_of_perfect_and_hopeless_texts() -> None:
     references = [["the cat sat on the mat", "a cat sat"], ["dogs bark loudly at night"]]
     perfect = text_scores(text_metrics.METRICS, [" a cat sat", "dogs bark loudly at night"], references)
     assert perfect["exact_match"] == perfect["rougeL"] == 1.0
-    assert text_scores(["bleu"], ["the cat sat on the mat", "dogs bark loudly at night"], references)["bleu"] == pytest.approx(100)
+    assert text_scores(["bleu"], ["the cat sat on the mat", "dogs bark loudly at night"], references)[
+        "bleu"
+    ] == pytest.approx(100)
     hopeless = text_scores(text_metrics.METRICS, ["x", "y"], references)
     assert hopeless["exact_match"] == hopeless["rouge1"] == hopeless["bleu"] == 0.0
 
 
 def test_a_missing_second_reference_is_not_an_empty_one() -> None:
-    one = text_scores(["bleu"], ["a cat sat on it", "dogs bark at night now"], [["a cat sat on it"], ["dogs bark at night"]])
+    one = text_scores(
+        ["bleu"], ["a cat sat on it", "dogs bark at night now"], [["a cat sat on it"], ["dogs bark at night"]]
+    )
     two = text_scores(["bleu"], ["a cat sat on it", "dogs bark at night now"], [["a cat sat on it", "a cat sat on it"],
                                                                                   ["dogs bark at night"]])  # fmt: skip
     assert one == two
@@ -92,12 +96,16 @@ def test_rouge_l_by_hand() -> None:
 def test_without_the_extra_exact_match_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     real = text_metrics.importlib.util.find_spec
     monkeypatch.setattr(
-        text_metrics.importlib.util, "find_spec", lambda name: None if name in ("rouge_score", "sacrebleu") else real(name)
+        text_metrics.importlib.util,
+        "find_spec",
+        lambda name: None if name in ("rouge_score", "sacrebleu") else real(name),
     )
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     rows = Dataset.from_list([{"source": "a", "target": "b"}])
     task = make_task("seq2seq").resolve({"train": rows})
     assert (task.metrics, task.primary_metric) == (("exact_match",), ("exact_match", True))
     assert "pip install 'inlay[text-metrics]'" in task.describe()
-    with pytest.raises(MissingExtraError, match=r"the metric bleu needs sacrebleu.*pip install 'inlay\[text-metrics\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"the metric bleu needs sacrebleu.*pip install 'inlay\[text-metrics\]'"
+    ):
         make_task("seq2seq", metrics=["bleu"])

@@ -37,7 +37,9 @@ def resolve(splits: dict[str, Dataset] | Dataset, **fields: Any) -> Task:
          ("contradiction", "entailment", "neutral")),
     ],
 )  # fmt: skip
-def test_published_folders_resolve(shared_data: Path, folder: str, columns: dict[str, str], labels: tuple[str, ...]) -> None:
+def test_published_folders_resolve(
+    shared_data: Path, folder: str, columns: dict[str, str], labels: tuple[str, ...]
+) -> None:
     task = resolve(read_splits(shared_data / folder))
     assert (dict(task.columns), task.labels, task.problem_type) == (columns, labels, SINGLE)
     assert task.primary_metric == ("accuracy", True)
@@ -59,7 +61,9 @@ def test_glue_folder_end_to_end(shared_data: Path, bert: Path) -> None:
     assert set(scores) == {"loss", "accuracy", "macro_f1", "mcc"}
     found = task.predict(model, tokenizer, test)
     assert [row["text"] for row in found] == test["sentence"][:]
-    assert all(set(row) == {"text", "label", "score"} and row["label"] in "01" and 0.5 <= row["score"] <= 1 for row in found)
+    assert all(
+        set(row) == {"text", "label", "score"} and row["label"] in "01" and 0.5 <= row["score"] <= 1 for row in found
+    )
     with pytest.raises(DataError, match=r"test.tsv has no labels to evaluate with \(column 'label'\)"):
         task.evaluate(model, tokenizer, test)
 
@@ -150,7 +154,9 @@ def test_a_label_that_training_has_not(write: Write) -> None:
 
 LISTS = Dataset.from_dict({"text": ["one", "two", "three"], "labels": [["a", "b"], [], ["c"]]})
 STRINGS = Dataset.from_dict({"text": ["one", "two", "three"], "labels": ["a, b", "", "c"]})
-FLAGS = Dataset.from_dict({"text": ["one", "two", "three"], "a": [1, 0, 0], "b": ["1", "0", "0"], "c": [False, False, True]})
+FLAGS = Dataset.from_dict(
+    {"text": ["one", "two", "three"], "a": [1, 0, 0], "b": ["1", "0", "0"], "c": [False, False, True]}
+)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +249,9 @@ def test_columns_are_recognised(row: dict[str, Any], columns: dict[str, str]) ->
         ([{"text": "a", "label": ["x"]}], {"problem_type": SINGLE}, "the label is a list; set task.problem_type"),
     ],
 )  # fmt: skip
-def test_rows_that_cannot_be_used(write: Write, rows: list[dict[str, Any]], fields: dict[str, Any], message: str) -> None:
+def test_rows_that_cannot_be_used(
+    write: Write, rows: list[dict[str, Any]], fields: dict[str, Any], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         resolve(read_splits(write("train.jsonl", rows)), **fields)
 

@@ -44,6 +44,7 @@ def test_an_error_inside_leaves_the_old_folder_and_nothing_else(tmp_path: Path) 
     [
         OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError("PytorchStreamWriter failed: No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 27456 vs 27344"),
         ValueError("I/O error: No space left on device (os error 28)"),
     ],
 )

@@ -215,13 +215,15 @@ def activate(model: nn.Module, *names: str) -> None:
 
 @contextlib.contextmanager
 def using(model: nn.Module, *names: str) -> Iterator[nn.Module]:
-    """Within the block, exactly these adapters are active; afterwards, those that were."""
+    """Within the block, exactly these adapters are active; afterwards, those that were (if still loaded)."""
     before = adapters_of(model).state.active
     activate(model, *names)
     try:
         yield model
     finally:
-        activate(model, *before)
+        left = find_adapters(model)
+        if left is not None:
+            activate(model, *(name for name in before if name in left.loaded))
 
 
 def disabled(model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from inlay.engine import adapters as engine
 from inlay.engine import files
 from inlay.engine.fingerprint import compare, fingerprint
-from inlay.engine.peft_names import ambiguous, brought_parameters, prefixed, shortest_names
+from inlay.engine.peft_names import ambiguous, as_peft_writes, brought_parameters, prefixed, shortest_names
 from inlay.engine.piece import Method
 from inlay.engine.registry import all_methods, make_method
 from inlay.engine.sites import Site, SiteIndex
@@ -53,6 +53,7 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
     index = SiteIndex(model)
     peft = peft_config(adapter, index, model)
     tensors, extra = _tensors(adapter, plain=peft is not None)
+    tensors = tensors if peft is None else as_peft_writes(tensors)
     pairs = zip(adapter.methods, adapter.placed, strict=True)
     described = {"methods": [_describe(method, placed, index) for method, placed in pairs]}
     tag = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -218,9 +219,9 @@ def load(
     tensors, metadata = files.read_tensors(folder)
     methods, saved = read_methods(config, folder)
     own = own_entry(config)
-    if own and metadata.get("inlay") not in (None, own.get("tag")):
-        raise CheckpointError(f"{folder}: {files.CONFIG} and {files.WEIGHTS} come from two saves; save it again")
-    extra = files.read_tensors(folder, files.EXTRA)[0] if own.get("extra") else {}
+    extra, extra_metadata = files.read_tensors(folder, files.EXTRA) if own.get("extra") else ({}, {})
+    if own and not {metadata.get("inlay"), extra_metadata.get("inlay")} <= {None, own.get("tag")}:
+        raise CheckpointError(f"{folder}: {files.CONFIG} and the tensors come from two saves; save it again")
     before = engine.find_adapters(model)
     active = before.state.active if before else ()
     base = engine.base_model(model)
@@ -374,8 +375,9 @@ def _fill(
 
 def _same_twice(config: Mapping[str, Any], meant: Mapping[str, Any], folder: Path) -> None:
     """What our own part of a config says must be what peft's part says, or an edit by hand would go unnoticed."""
+    meant = json.loads(json.dumps(meant))
     for field in meant.keys() & config.keys() - {"peft_version", "task_type", "revision", "modules_to_save"}:
-        here, there = (sorted(v) if isinstance(v, list | tuple) else v for v in (config[field], meant[field]))
+        here, there = (sorted(v) if isinstance(v, list) else v for v in (config[field], meant[field]))
         if here != there:
             raise CheckpointError(
                 f"{folder / files.CONFIG} says {field}={config[field]!r}, but its 'inlay' entry in auto_mapping means "

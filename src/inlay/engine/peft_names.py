@@ -189,10 +189,21 @@ def _layers(config: Mapping[str, Any]) -> str:
 
 
 def prefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Models adapted in place by other libraries write keys without the wrapper's prefix; prompts have no path."""
-    if any(key.startswith("base_model.") for key in tensors):
+    """Keys with peft's full prefix, which some files lack: those beside a prompt, and of models adapted in place."""
+    if not _of_prompt(tensors) and any(key.startswith("base_model.") for key in tensors):
         return tensors
-    return {f"{PREFIX}{key}" if "." in key else key: value for key, value in tensors.items()}
+    return {f"{PREFIX}{key.removeprefix('base_model.')}" if "." in key else key: t for key, t in tensors.items()}
+
+
+def as_peft_writes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Around a prompt peft has one wrapper less, so that modules saved with it are under `base_model.` alone."""
+    if not _of_prompt(tensors):
+        return tensors
+    return {key.replace(PREFIX, "base_model.", 1): tensor for key, tensor in tensors.items()}
+
+
+def _of_prompt(tensors: Mapping[str, Tensor]) -> bool:
+    return any("." not in key for key in tensors)
 
 
 def brought_parameters(

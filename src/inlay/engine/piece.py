@@ -143,7 +143,7 @@ class Method:
                     f"{type(self).__name__}: the override {pattern!r} matches none of its {len(sites)} places"
                     f"{did_you_mean(pattern, [site.tail for site in sites])}"
                 )
-        return [(site, self.at(site).piece(site)) for site in sites]  # type: ignore[attr-defined]
+        return [(site, self.at(site).piece(site)) for site in sites]
 
     def on_attach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
         """Called once the pieces sit in the model, for methods that must also set something on it."""

@@ -35,8 +35,10 @@ class DoRA(LoRA):
             raise UnsupportedError(f"DoRA cannot sit at {site.name}, a bare parameter: exclude it, or use LoRA there")
         if self.lora_bias:
             raise UnsupportedError("DoRA(lora_bias=True): the direction has no bias; use LoRA, or bias='lora_only'")
-        if not site.weight.is_floating_point():
-            raise UnsupportedError(f"DoRA cannot sit at {site.name}: it needs W's norm, and W is quantised; use LoRA")
+        weight = site.module._parameters.get("weight")
+        if weight is None or not weight.is_floating_point():
+            stored = "quantised" if weight is not None else "parametrised"
+            raise UnsupportedError(f"DoRA cannot sit at {site.name}: it needs W's norm, and W is {stored}; use LoRA")
         return DoRAPiece(self, site)
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
@@ -57,10 +59,8 @@ class DoRAPiece(LoRAPiece):
 
     def norm(self, direction: Tensor) -> Tensor:
         """‖V‖ for each output: (out,) for linears, (1, out, 1…) for convolutions, (dim,) for embeddings."""
-        if self.kind == "embedding":
-            norm = torch.linalg.vector_norm(direction, dim=0)
-        else:
-            norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
+        rows = direction.T if self.kind == "embedding" else direction.flatten(1)
+        norm: Tensor = torch.linalg.vector_norm(rows, dim=1)
         norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)  # an output whose weights are all zero stays zero
         return norm.view(1, -1, *[1] * (direction.dim() - 2)) if self.kind == "conv" else norm
 

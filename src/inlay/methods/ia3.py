@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from inlay.engine.peft_names import peft_targets, shortest_names, targets_from_peft
 from inlay.engine.piece import Method, Piece, trainable_dtype
 from inlay.engine.sites import Site, SiteIndex
-from inlay.errors import ConfigError, UnsupportedError
+from inlay.engine.targets import split_items
+from inlay.errors import ConfigError, TargetError, UnsupportedError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,20 +51,29 @@ class IA3(Method):
         if self.form not in ("multiplicative", "additive"):
             raise ConfigError(f"IA3(form={self.form!r}): choose one of multiplicative, additive")
         if isinstance(self.feedforward, str):
-            object.__setattr__(self, "feedforward", tuple(item.strip() for item in self.feedforward.split(",")))
+            object.__setattr__(self, "feedforward", tuple(split_items(self.feedforward)))
 
     def at_input(self, site: Site) -> bool:
         """Whether l acts on what goes into this place."""
         return any(site.matches(item) for item in self.feedforward)
 
+    def build(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Piece]]:
+        for item in self.feedforward if tuple(self.feedforward) != ("role:down",) else ():
+            if not any(site.matches(item) for site in sites):
+                hint = did_you_mean(item, [site.tail for site in sites])
+                raise TargetError(f"IA3: feedforward={item!r} is none of the targets in {type(model).__name__}{hint}")
+        return super().build(model, sites)
+
     def piece(self, site: Site) -> Piece:
         return IA3Piece(self, site)
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
-        if self.form == "additive" or any(site.kind == "parameter" or site.weight.dim() == 3 for site in sites):
+        here = {site: cast("IA3", self.at(site)) for site in sites}
+        bare = any(site.kind == "parameter" or site.weight.dim() == 3 for site in sites)
+        if bare or any(one.form == "additive" for one in here.values()):
             raise UnsupportedError("HF peft's (IA)³ multiplies, and sits in linears and 2-D and 3-D convolutions only")
         everything = [site.path for site in index.sites]
-        inputs = {site.path for site in sites if self.at_input(site)}
+        inputs = {site.path for site, one in here.items() if one.at_input(site)}
         outputs = {site.path for site in sites} - inputs
         names: list[str] | str = shortest_names(inputs, everything)
         targets = peft_targets(sites, index)["target_modules"]

@@ -72,16 +72,6 @@ class TrainableTokens(Method):
             assert isinstance(piece, TokenRows)
             piece.rides = adapter is not None and self.rides_with(adapter.methods)
 
-    def import_(
-        self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]
-    ) -> None:
-        """peft repeats the rows for each tied place; only those of the embedding count, the others may be missing."""
-        owners = [(site, piece) for site, piece in pieces if isinstance(piece, TokenRows) and piece.owner]
-        super().import_(owners, tensors, extra)
-        for site, piece in pieces:
-            for name in piece.file_tensors():
-                tensors.pop(self.file_key(site, name), None)
-
     def rides_with(self, methods: Sequence[Method]) -> bool:
         return any(method.peft_type == "LORA" for method in methods)
 

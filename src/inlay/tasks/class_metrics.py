@@ -8,10 +8,11 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 def single_label_scores(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
     """accuracy, macro_f1 (mean over the classes that occur) and mcc (Matthews correlation) of class numbers (rows,)."""
+    several = len(np.union1d(true, predicted)) > 1  # with one class alone it is 0 by convention, and sklearn warns
     return {
         "accuracy": float(accuracy_score(true, predicted)),
         "macro_f1": float(f1_score(true, predicted, average="macro", zero_division=0)),
-        "mcc": float(matthews_corrcoef(true, predicted)),
+        "mcc": float(matthews_corrcoef(true, predicted)) if several else 0.0,
     }
 
 

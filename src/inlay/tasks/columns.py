@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Value
-from datasets import List as ListFeature
+from datasets import ClassLabel, Dataset, LargeList, List, Value
 
 from inlay.errors import ConfigError, DataError, did_you_mean
 from inlay.tasks.data import place, source_name
@@ -92,6 +91,7 @@ TARGET = (
     "label",
 )
 MESSAGES = ("messages", "conversations", "conversation")
+_LISTS = (List, LargeList)
 _IDENTIFIERS = frozenset({"id", "idx", "index", "guid", "uid", "uuid", "row", "row_id"})
 
 
@@ -115,9 +115,7 @@ def text_columns(rows: Dataset, *, without: Iterable[str] = ()) -> list[str]:
 
 def list_columns(rows: Dataset, *, without: Iterable[str] = ()) -> list[str]:
     """Columns of lists, in their order."""
-    return [
-        name for name, feature in rows.features.items() if isinstance(feature, ListFeature) and name not in set(without)
-    ]
+    return [name for name, feature in rows.features.items() if isinstance(feature, _LISTS) and name not in set(without)]
 
 
 def other_columns(rows: Dataset, *, without: Iterable[str]) -> list[str]:
@@ -172,7 +170,7 @@ def values(rows: Dataset, column: str, role: str) -> list[Any]:
     feature, cells = rows.features[column], rows[column][:]
     if isinstance(feature, ClassLabel):
         return [_class_name(feature, cell) for cell in cells]
-    if isinstance(feature, ListFeature) and isinstance(feature.feature, ClassLabel):
+    if isinstance(feature, _LISTS) and isinstance(feature.feature, ClassLabel):
         inner = feature.feature
         return [None if cell is None else [_class_name(inner, item) for item in cell] for cell in cells]
     return cells  # type: ignore[no-any-return]
@@ -181,7 +179,7 @@ def values(rows: Dataset, column: str, role: str) -> list[Any]:
 def class_names(rows: Dataset, column: str) -> tuple[str, ...] | None:
     """The names that a hub data set gives a column's numbered classes, in their order."""
     feature = rows.features[column]
-    if isinstance(feature, ListFeature):
+    if isinstance(feature, _LISTS):
         feature = feature.feature
     return tuple(feature.names) if isinstance(feature, ClassLabel) else None
 

@@ -64,5 +64,7 @@ def _bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     from sacrebleu import corpus_bleu
 
     most = max(len(several) for several in references)
-    streams: list[list[Any]] = [[several[index] if index < len(several) else None for several in references] for index in range(most)]
+    streams: list[list[Any]] = [
+        [several[index] if index < len(several) else None for several in references] for index in range(most)
+    ]
     return float(corpus_bleu(list(predictions), streams).score)

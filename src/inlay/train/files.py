@@ -24,13 +24,22 @@ def disk_full(doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        code = getattr(error, "errno", None)
-        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error):
+        if _is_full(error):
             raise TrainingError(
                 f"the disk is full while {doing}; what was there before is intact. Free some space and run again with "
                 "--resume"
             ) from error
         raise
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, comes from a device with no space left."""
+    if error is None:
+        return False
+    # torch's archive writer only notices that the file is shorter than what it wrote: "unexpected pos".
+    signs = ("No space left", "os error 28", "inline_container.cc")
+    known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in str(error) for sign in signs)
+    return known or _is_full(error.__cause__ or error.__context__)
 
 
 def write_text(path: str | Path, text: str) -> Path:
