@@ -3,10 +3,10 @@
     python examples/cut_demo_data.py data_small.json OUT
 
 data_small.json is the published "small" file of https://github.com/clinc/oos-eval (commit 828f8093932c, CC BY 3.0). Of
-its 150 intents 18 are kept that are easily taken for one another: what is meant is the same, but asked for, changed or
-named ("shopping_list" and "shopping_list_update"). The published splits stay as they are, except that a training row is
-left out when its text, case and punctuation aside, occurs in an earlier training row, in validation or in test. Rows are
-put in the order of the SHA-256 of their texts, so that labels are mixed and the files are the same wherever they are cut.
+its 150 intents 18 are kept that are easily taken for one another: the same things are asked for, changed or named
+("shopping_list" and "shopping_list_update"). The published splits stay as they are, except that a training row is left
+out when its text, case and punctuation aside, occurs in an earlier training row, in validation or in test. Rows are put
+in the order of the SHA-256 of their texts, so that labels are mixed and the files are the same wherever they are cut.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import hashlib
 import json
 from pathlib import Path
 
-INTENTS = """
-change_ai_name change_user_name what_is_your_name user_name
-shopping_list shopping_list_update todo_list todo_list_update
-reminder reminder_update calendar calendar_update
-recipe ingredients_list spending_history transactions rewards_balance redeem_rewards
-""".split()
+INTENTS = [
+    "change_ai_name", "change_user_name", "what_is_your_name", "user_name",
+    "shopping_list", "shopping_list_update", "todo_list", "todo_list_update",
+    "reminder", "reminder_update", "calendar", "calendar_update",
+    "recipe", "ingredients_list", "spending_history", "transactions", "rewards_balance", "redeem_rewards",
+]  # fmt: skip
 SPLITS = {"train": "train", "validation": "val", "test": "test"}
 """Our name of a split, and the published one."""
 

@@ -2,8 +2,8 @@
 
     python examples/tiny_llama_tokenizer.py FOLDER OUT
 
-FOLDER holds config.json, model.safetensors and vocab.json (a list of {"piece", "score"}, ids in its order), as the small
-models of llama2.c and BabyLlama do. OUT becomes a folder with the model and its tokenizer, ready for
+FOLDER holds config.json, model.safetensors and vocab.json (a list of {"piece", "score"}, ids in its order) of a small
+model such as those of llama2.c and BabyLlama. OUT becomes a folder with the model and its tokenizer, ready for
 
     inlay train --model OUT --task causal-lm …
 

@@ -90,6 +90,8 @@ def check_names(run: Run) -> None:
 def test_commands_named_in_the_text_have_these_verbs_and_options() -> None:
     known: Any = typer.main.get_command(app.app)
     for page in PAGES:
+        if page.name == "errors.md":  # made of wrong ones, which a test of their own tries
+            continue
         prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
         for span in re.findall(r"`inlay ([^`]+)`", prose):
             verb, *rest = span.split()

@@ -11,10 +11,15 @@ import pytest
 from datasets import Dataset
 from docs.places import DOCS, tables
 
+from inlay.engine.registry import make_method, method_class
 from inlay.engine.roles import ALIASES, ROLES
 from inlay.tasks import columns
 from inlay.tasks.readers import LINE_READERS
 from inlay.tasks.task import Task, kinds, make_task, task_class
+from inlay.train import settings
+from inlay.train.arguments import LEARNING_RATE, resolved
+from inlay.train.record import LEFT_BY_A_RUN, Record
+from inlay.train.run import RESERVED, Run
 
 
 def table_of(page: str, heading: str) -> list[list[str]]:
@@ -132,3 +137,55 @@ def test_metrics(
         assert sorted(found) == sorted(codes(row[2]))
         assert [name] == codes(row[3])
     assert greater == (name not in ("mse", "loss"))
+
+
+# -- training.md -------------------------------------------------------------------------------------------------------
+
+
+def test_keys_of_a_run() -> None:
+    assert [codes(row[0])[0] for row in table_of("training.md", "Key")] == [
+        field.name for field in dataclasses.fields(Run)
+    ]
+
+
+def test_other_names_of_keys() -> None:
+    line = next(
+        part for part in (DOCS / "training.md").read_text(encoding="utf-8").split("\n\n") if "other libraries" in part
+    )
+    known = {**settings.ALIASES, **settings.DATA_ALIASES, **settings.METHOD_ALIASES, **settings.TRAIN_ALIASES}
+    assert set(codes(line)) <= set(known)
+
+
+def test_defaults_of_training_arguments() -> None:
+    run = resolved(Run(model="m"), [make_method("ia3")], rows=64, evaluates=True)
+    assert {codes(row[0])[0] for row in table_of("training.md", "Argument")} == set(run.train)
+    stated = {codes(row[0])[0]: row[1] for row in table_of("training.md", "Argument")}
+    rates = [float(number) for number in re.findall(r"\de-\d", stated["learning_rate"])]
+    assert rates == [run.train["learning_rate"], LEARNING_RATE]
+    assert run.train["num_train_epochs"] == 20
+    assert resolved(Run(model="m"), [make_method("lora")], 16_000, True).train["num_train_epochs"] == 3
+    assert run.train["per_device_eval_batch_size"] == 4 * run.train["per_device_train_batch_size"]
+    for name in ("per_device_train_batch_size", "lr_scheduler_type", "warmup_steps", "logging_steps"):
+        assert str(run.train[name]) in stated[name]
+    for name in ("save_strategy", "eval_strategy", "report_to"):
+        assert codes(stated[name])[0] == run.train[name]
+    named = resolved(Run(model="m", train={"save_steps": 5, "eval_steps": 5}), [make_method("lora")], 64, True).train
+    assert (named["save_strategy"], named["eval_strategy"]) == ("steps", "steps")
+    text = (DOCS / "training.md").read_text(encoding="utf-8")
+    line = next(part for part in text.split("\n\n") if "are the run's own" in part)
+    assert set(codes(line.partition(" are the")[0])) == set(RESERVED)
+
+
+def test_what_a_run_leaves_and_records() -> None:
+    assert {codes(row[0])[0] for row in table_of("training.md", "In `out`")} == set(LEFT_BY_A_RUN)
+    text = (DOCS / "training.md").read_text(encoding="utf-8")
+    line = next(part for part in text.split("\n\n") if part.startswith("`record.json` holds"))
+    assert codes(line)[1:] == [field.name for field in dataclasses.fields(Record)]
+
+
+def test_learning_rates_on_the_pages() -> None:
+    for kind in (path.stem for path in (DOCS / "methods").glob("*.md")):
+        text = re.sub(r"\s+", " ", (DOCS / "methods" / f"{kind}.md").read_text(encoding="utf-8"))
+        stated = re.findall(r"names no learning rate, [^.]*? (\d+e-\d)", text)
+        rate = getattr(method_class(kind), "learning_rate", None)
+        assert [float(number) for number in stated] == ([rate] if rate is not None else []), kind

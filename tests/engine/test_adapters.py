@@ -231,3 +231,9 @@ def test_wrong_use_names_what_is_loaded_and_changes_nothing(net: Net) -> None:
 def test_impossible_fields_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         lora(**fields)
+
+
+def test_two_methods_that_copy_one_parameter_are_refused(net: Net) -> None:
+    with pytest.raises(ConfigError, match=r"BitFit and LayerNormTuning .* norm.bias"):
+        inlay.attach(net, [inlay.BitFit(), inlay.LayerNormTuning(targets="norm")])
+    assert type(net.norm) is nn.LayerNorm

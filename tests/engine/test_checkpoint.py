@@ -262,7 +262,7 @@ def test_leftovers_of_killed_saves_are_swept_up_when_old(saved: Path) -> None:
 
 def test_an_extra_file_must_be_there_whole_and_of_the_same_save(saved: Path) -> None:
     edit(saved, lambda config: own(config).update(extra=True))
-    with pytest.raises(CheckpointError, match="has no adapter_extra.safetensors: the adapter is incomplete"):
+    with pytest.raises(CheckpointError, match=r"has no adapter_extra.safetensors: the adapter is incomplete"):
         inlay.load(Net(), saved)
     save_file({"0.encoder": torch.ones(2)}, saved / files.EXTRA, metadata={"inlay": "another"})
     with pytest.raises(CheckpointError, match="come from two saves"):

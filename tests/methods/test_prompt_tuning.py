@@ -306,14 +306,14 @@ def test_checkpointing_and_compiling_change_nothing(name: str, head: str, positi
         return found.clone()
 
     expected = gradient(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(gradient(compiled), expected, **CLOSE)
     model.train()
     for reentrant in (True, False):
         checkpoint(model, reentrant)
         torch.testing.assert_close(gradient(model), expected, **CLOSE)
         checkpoint(model, None)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(gradient(compiled), expected, **CLOSE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         # bf16 keeps 8 bits: gradients of order 0.01 to 1 agree to a few percent of the largest.
         assert (gradient(model) - expected).abs().max() < 0.1 * expected.abs().max()

@@ -65,7 +65,7 @@ def learned(task: Task, rows: list[dict[str, Any]], tokenizer: Any) -> list[tupl
         ({"text": "Once upon"}, {"text": "text"}, "Once upon</s>", "Once upon</s>"),
         ({"prompt": "2+2=", "completion": "4"}, {"source": "prompt", "target": "completion"}, "2+2=4</s>", "4</s>"),
         ({"source": "in", "target": "out"}, {"source": "source", "target": "target"}, "in\nout</s>", "out</s>"),
-        ({"source": "in", "targets": ["out", "too"]}, {"source": "source", "target": "targets"}, "in\nout</s>", "out</s>"),
+        ({"source": "in", "targets": ["out", "2"]}, {"source": "source", "target": "targets"}, "in\nout</s>", "out</s>"),
         ({"question": "q", "answer": "a"}, {"source": "question", "target": "answer"}, "q\na</s>", "a</s>"),
         ({"instruction": "Add.", "input": "1 2", "output": "3"},
          {"instruction": "instruction", "input": "input", "target": "output"}, "Add.\n1 2\n3</s>", "3</s>"),
@@ -103,7 +103,7 @@ def test_a_template_of_ones_own_takes_roles_and_columns(gpt2: Path) -> None:
     assert learned(task, [row], task.load_tokenizer(gpt2)) == [("[life]\nQ: Why?\nA: So.</s>", ["So.</s>"])]
     with pytest.raises(ConfigError, match="has the field 'sorce'; did you mean 'source'"):
         resolve([row], prompt_template="{sorce}")
-    with pytest.raises(ConfigError, match="cannot be read .*for braces"):
+    with pytest.raises(ConfigError, match=r"cannot be read .*for braces"):
         resolve([row], prompt_template="{source")
 
 
@@ -262,7 +262,7 @@ def test_packing_is_refused_where_examples_would_see_each_other(gpt2: Path) -> N
     task = resolve([{"text": "abc"}], packing=True, max_length=64)
     task.collator(tokenizer, model)
     model.forward = ignoring_positions  # like the models that build their own mask
-    with pytest.raises(ConfigError, match="does not keep packed examples apart: set task.packing=false"):
+    with pytest.raises(ConfigError, match=r"does not keep packed examples apart: set task.packing=false"):
         task.collator(tokenizer, model)
 
 

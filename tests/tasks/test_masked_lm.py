@@ -116,5 +116,5 @@ def test_predict_fills_the_masks(task: Task, bert: Path) -> None:
 
 
 def test_empty_texts_are_refused() -> None:
-    with pytest.raises(DataError, match="row 1: the text .* is empty"):
+    with pytest.raises(DataError, match=r"row 1: the text .* is empty"):
         make_task("masked-lm").resolve({"train": Dataset.from_list([{"text": "a"}, {"text": ""}])})

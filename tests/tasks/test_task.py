@@ -33,7 +33,9 @@ def test_tasks_are_found_by_the_names_of_their_files() -> None:
 
 
 def test_naming_tasks_imports_no_torch() -> None:
-    code = "from inlay.tasks.task import kinds; kinds(); import sys; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = (
+        "from inlay.tasks.task import kinds; kinds(); import sys; assert not {'torch', 'datasets'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -139,10 +141,10 @@ def test_a_decoder_has_no_mask_token(llama: Path) -> None:
 
 def test_models_that_are_not_there(bert: Path, tmp_path: Path) -> None:
     task = classifier()
-    with pytest.raises(ConfigError, match="there is no model folder .*did you mean 'bert'"):
+    with pytest.raises(ConfigError, match=r"there is no model folder .*did you mean 'bert'"):
         task.load_model(bert.parent / "brt")
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ConfigError, match="has no config.json; it holds: notes.txt"):
+    with pytest.raises(ConfigError, match=r"has no config.json; it holds: notes.txt"):
         task.load_model(tmp_path)
     with pytest.raises(ConfigError, match="as a hub model it cannot be had"):
         task.load_model("no-such-model-here")
@@ -159,7 +161,7 @@ def test_weights_that_are_missing_pickled_damaged_or_incomplete(bert: Path, tmp_
     with pytest.raises(CheckpointError, match=r"do not fit its config.json: 2 tensors .*layer.1.attention.self.query"):
         task.load_model(tmp_path)
     save_file(tensors | {"bert.encoder.layer.0.output.dense.weight": torch.zeros(3, 3)}, weights)
-    with pytest.raises(CheckpointError, match="another shape, bert.encoder.layer.0.output.dense.weight"):
+    with pytest.raises(CheckpointError, match=r"another shape, bert.encoder.layer.0.output.dense.weight"):
         task.load_model(tmp_path)
     weights.unlink()
     with pytest.raises(CheckpointError, match="no weights"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -21,11 +22,7 @@ def by_the_rule(pieces: list[dict[str, object]], text: str) -> list[int]:
         else:
             tokens += [f"<0x{byte:02X}>" for byte in character.encode()] if "<0x00>" in table else ["<unk>"]
     while True:
-        joins = [
-            (-table[a + b][1], place)
-            for place, (a, b) in enumerate(zip(tokens, tokens[1:], strict=False))
-            if a + b in table
-        ]
+        joins = [(-table[a + b][1], place) for place, (a, b) in enumerate(pairwise(tokens)) if a + b in table]
         if not joins:
             return [1, *(table[token][0] for token in tokens)]
         place = min(joins)[1]

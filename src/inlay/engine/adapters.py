@@ -119,6 +119,7 @@ def attach(
     index = SiteIndex(model)
     sites = [method.sites(index) for method in methods]
     placed = [method.build(model, found) for method, found in zip(methods, sites, strict=True)]
+    _refuse_overlap(methods, placed)
     saved = ModulesToSave(modules=tuple(_heads(model, placed) if modules_to_save is None else modules_to_save))
     taken = {site.name for one in placed for site, piece in one if piece.replaces}
     heads = [site for site in saved.sites(index) if site.name not in taken]
@@ -140,6 +141,18 @@ def check_name(name: str, adapters: Adapters) -> None:
         raise AdapterError(f"an adapter {name!r} is loaded already: choose another name, or detach(model, {name!r}) first")
     if adapters.state.merged:
         raise AdapterError(f"adapters {list(adapters.state.merged)} are merged: call inlay.unmerge(model) first")
+
+
+def _refuse_overlap(methods: Sequence[Method], placed: Sequence[Placed]) -> None:
+    """Two trained copies of one parameter: only the outer one would be read, and the other would never learn."""
+    owners: dict[str, Method] = {}
+    for method, one in zip(methods, placed, strict=True):
+        for site, piece in one:
+            if piece.replaces and owners.setdefault(site.name, method) is not method:
+                raise ConfigError(
+                    f"{type(owners[site.name]).__name__} and {type(method).__name__} would both train a copy of "
+                    f"{site.name}: leave it out of one of them with exclude=..."
+                )
 
 
 def _heads(model: nn.Module, placed: Sequence[Placed]) -> list[str]:

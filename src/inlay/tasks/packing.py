@@ -1,7 +1,8 @@
 """Several short examples in one row, each seeing only itself.
 
-Position numbers start again at 0 with every example; from that, transformers builds a block-diagonal attention mask (no
-`attention_mask` is given, and no cache). The first label of each example is ignored, so that no example predicts the next one:
+Position numbers start again at 0 with every example; from that, transformers builds a block-diagonal attention mask
+(where there is no `attention_mask`, and no cache). The first label of each example is ignored, so that no example
+predicts the next one:
 
     sum of losses over packed rows = sum of losses over the examples, each alone
 

@@ -14,7 +14,7 @@ from inlay.engine.piece import Method
 from inlay.errors import ConfigError
 from inlay.train.run import Run
 
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 1e-3
 """For methods that name no `learning_rate` of their own: a few small matrices want ten times what a model wants."""
 
 STEPS_WANTED, EPOCHS_AT_MOST = 300, 20
@@ -22,7 +22,7 @@ STEPS_WANTED, EPOCHS_AT_MOST = 300, 20
 
 
 def default_learning_rate(methods: Sequence[Method]) -> float:
-    """The smallest learning rate that the methods name (class variable `learning_rate`), 5e-4 for those that do not."""
+    """The smallest learning rate that the methods name (class variable `learning_rate`), 1e-3 for those that do not."""
     return min(float(getattr(type(method), "learning_rate", LEARNING_RATE)) for method in methods)
 
 
