@@ -82,7 +82,9 @@ def read_tensors(folder: Path, name: str = WEIGHTS) -> tuple[dict[str, Tensor], 
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): it is damaged, copy or save it again") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): it is truncated or damaged, copy or save it again"
+        ) from None
 
 
 @contextlib.contextmanager

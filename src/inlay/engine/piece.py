@@ -91,7 +91,7 @@ class Method:
     layers: Any = None
     """Only these layers: an index, a list of indices, or ranges such as "0-3,8"."""
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Other field values for some places: {"pattern": {"r": 16}}; field by field, the first pattern that matches wins."""
+    """Other field values for some places: {"pattern": {"r": 16}}; for each field, the first match wins."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
