@@ -1,4 +1,4 @@
-"""LoRA here against LoRA in HF peft: MiniLM on SST-2, equal settings and seeds, one run, accuracy and time side by side.
+"""LoRA here against LoRA in HF peft: MiniLM on SST-2, equal settings and seeds, accuracy and time side by side.
 
     python benchmarks/sst2_against_peft.py --data ../shared/data/text_classification/sst2 --seeds 0 1 2
 
@@ -30,9 +30,8 @@ SETTINGS: dict[str, Any] = {
 
 def rows(path: Path) -> list[dict[str, str]]:
     """Rows of a jsonl file, gzipped or not."""
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as lines:
-        return [json.loads(line) for line in lines]
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in text.decode().splitlines()]
 
 
 def minilm() -> str:

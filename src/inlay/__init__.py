@@ -46,4 +46,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-__all__ = sorted([*_PLACES, *classes()])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_PLACES, *classes()])  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]

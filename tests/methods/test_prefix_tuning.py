@@ -288,7 +288,7 @@ def test_the_file_brings_back_the_same_training(fields: dict[str, Any], tmp_path
         loss = model(TEXT, labels=TEXT).loss
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -65,7 +65,7 @@ def learned(task: Task, rows: list[dict[str, Any]], tokenizer: Any) -> list[tupl
         ({"text": "Once upon"}, {"text": "text"}, "Once upon</s>", "Once upon</s>"),
         ({"prompt": "2+2=", "completion": "4"}, {"source": "prompt", "target": "completion"}, "2+2=4</s>", "4</s>"),
         ({"source": "in", "target": "out"}, {"source": "source", "target": "target"}, "in\nout</s>", "out</s>"),
-        ({"source": "in", "targets": ["out", "2"]}, {"source": "source", "target": "targets"}, "in\nout</s>", "out</s>"),
+        ({"source": "i", "targets": ["out", "x"]}, {"source": "source", "target": "targets"}, "i\nout</s>", "out</s>"),
         ({"question": "q", "answer": "a"}, {"source": "question", "target": "answer"}, "q\na</s>", "a</s>"),
         ({"instruction": "Add.", "input": "1 2", "output": "3"},
          {"instruction": "instruction", "input": "input", "target": "output"}, "Add.\n1 2\n3</s>", "3</s>"),

@@ -244,7 +244,7 @@ def test_columns_are_recognised(row: dict[str, Any], columns: dict[str, str]) ->
         ([{"text": "a", "label": None}], {}, "label column 'label' is empty in every row"),
         ([{"text": ["a"], "label": "x"}], {}, "which column is the text"),
         ([{"text": "a", "p": "x", "q": "z"}], {}, "which column is the label.*--columns label=…"),
-        ([{"text": "a", "label": "x"}], {"columns": {"text": "txt"}}, "no column 'txt' .*did you mean 'text'.*--columns"),
+        ([{"text": "a", "label": "x"}], {"columns": {"text": "txt"}}, "no column 'txt' .*did you mean 'text'"),
         ([{"text": "a", "x": 1, "y": 2}], {"columns": {"label": "x+y"}}, "label column 'y' holds 2; 0 or 1 is needed"),
         ([{"text": "a", "label": ["x"]}], {"problem_type": SINGLE}, "the label is a list; set task.problem_type"),
     ],

@@ -147,7 +147,7 @@ def test_the_plain_form_keeps_the_scheme(bert: Path) -> None:
     [
         ([{"tokens": ["a", "b"], "tags": ["O"]}], "line 1: 2 tokens and 1 tags .*each token needs one tag"),
         ([{"tokens": [], "tags": []}], "line 1: the tokens .* are empty"),
-        ([{"tokens": ["a"], "tags": ["O"]}, {"tokens": ["a", None], "tags": ["O"] * 2}], "line 2: the tokens .* not a list"),
+        ([{"tokens": ["a"], "tags": ["O"]}, {"tokens": ["a", None], "tags": ["O"] * 2}], "line 2: the tokens .* not a"),
         ([{"tokens": ["a"], "tags": ["O"]}, {"tokens": ["a"], "tags": None}], "line 2: 1 tokens and tags None"),
         ([{"tokens": "a b", "tags": "O O"}], "which column is the tokens"),
         ([{"tokens": ["a"], "tags": None}], "which column is the tags"),

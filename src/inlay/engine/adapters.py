@@ -1,7 +1,7 @@
 """The adapters of one model and their three states: loaded, active, trainable.
 
-Loaded: the pieces sit in the model (`attach`, `load`, `detach`). Active: they run, in the order of activation, the first
-innermost (`activate`, `using`, `disabled`). Trainable: their parameters require gradients (`trainable`). Each state
+Loaded: the pieces sit in the model (`attach`, `load`, `detach`). Active: they run, in the order of activation, the
+first innermost (`activate`, `using`, `disabled`). Trainable: their parameters require gradients (`trainable`). Each state
 changes by its own verb and never as a side effect of another; `train()` and `eval()` change none of them.
 """
 
@@ -104,8 +104,8 @@ def attach(
     """Set the pieces of `methods` into `model`, in place, as one adapter; returns the same model.
 
     The base is frozen and its bits are never written. The new adapter is trainable, and active on top of those that
-    already are. Heads that a task class put on the pretrained trunk (`classifier`, `score`, …) are trained and saved with
-    it unless `modules_to_save` says otherwise (`[]`: none; names: exactly these modules).
+    already are. Heads that a task class put on the pretrained trunk (`classifier`, `score`, …) are trained and saved
+    with it unless `modules_to_save` says otherwise (`[]`: none; names: exactly these modules).
 
     Raises TargetError when a target matches nothing, AdapterError when the name is taken, ConfigError for a name or a
     field that cannot be used; then the model is as it was.
@@ -128,7 +128,8 @@ def attach(
         placed.append(saved.build(model, heads))
     adapter = Adapter(name, tuple(methods), placed, [])
     if not adapter.parameters():
-        raise ConfigError(f"{', '.join(type(m).__name__ for m in methods)} has nothing to train in {type(model).__name__}")
+        names = ", ".join(type(method).__name__ for method in methods)
+        raise ConfigError(f"{names} has nothing to train in {type(model).__name__}")
     _insert(model, adapters, adapter)
     return model
 
@@ -138,7 +139,7 @@ def check_name(name: str, adapters: Adapters) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in RESERVED:
         raise ConfigError(f"{name!r} cannot name an adapter: use letters, digits, '_' and '-', as in 'law-2'")
     if name in adapters.loaded:
-        raise AdapterError(f"an adapter {name!r} is loaded already: choose another name, or detach(model, {name!r}) first")
+        raise AdapterError(f"an adapter {name!r} is loaded already: choose another name, or detach it first")
     if adapters.state.merged:
         raise AdapterError(f"adapters {list(adapters.state.merged)} are merged: call inlay.unmerge(model) first")
 
@@ -186,7 +187,8 @@ def _insert(model: nn.Module, adapters: Adapters, adapter: Adapter) -> None:
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take one adapter (default: all) out. With the last one gone, the model is as it was before the first `attach`:
-    classes, state-dict keys, `requires_grad` and bits. A merged model is unmerged first."""
+    classes, state-dict keys, `requires_grad` and bits. A merged model is unmerged first.
+    """
     adapters = adapters_of(model)
     model = base_model(model)
     names = list(adapters.loaded) if name is None else [adapters.get(name).name]

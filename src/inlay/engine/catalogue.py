@@ -1,7 +1,7 @@
 """Which methods there are, read off the files in `inlay/methods` without importing them (or torch).
 
-A method's kind is the name of its file; its class is the frozen dataclass that the file defines. So adding a method edits
-nothing here, and `inlay --help` costs no import.
+A method's kind is the name of its file; its class is the frozen dataclass that the file defines. So adding a method
+edits nothing here, and `inlay --help` costs no import.
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ from torch.optim import Optimizer
 class Controller:
     """Called by the trainer (or by a plain loop) around each optimiser step; saved and restored with the run.
 
-        loss = task_loss + sum(c.extra_loss() or 0 for c in controllers)
-        loss.backward()
-        c.before_step(optimizer); optimizer.step(); c.after_step(optimizer); optimizer.zero_grad()
+    In a plain loop: add each controller's `extra_loss()` to the loss; after `backward()` call `before_step(optimizer)`,
+    then `optimizer.step()`, `after_step(optimizer)` and `optimizer.zero_grad()`.
     """
 
     def prepare(self, total_steps: int) -> None:

@@ -49,14 +49,13 @@ class Inner:
         if self.piece is None:
             if self.inlays.own_forward is not None:
                 return self.inlays.own_forward(*args, **kwargs)
-            return self.base(self.inlays._host, *args, **kwargs)
+            return self.base(self.inlays.host, *args, **kwargs)
         return self.piece(self.inner, *args, **kwargs)
 
     @property
     def module(self) -> nn.Module:
         """The host: what the base module knows of itself (strides, padding, sizes)."""
-        host: nn.Module = self.inlays._host
-        return host
+        return self.inlays.host
 
     @property
     def plain(self) -> bool:
@@ -80,6 +79,12 @@ class Inner:
 class Inlays(nn.Module):
     """The pieces of one host: `inlays.<adapter>` is a ModuleDict of pieces, whichever adapter is active."""
 
+    host: nn.Module
+    _seen: tuple[str, ...] | None
+    _onion: Inner | None
+    _values: dict[str, tuple[Piece, ...]]
+    _computed: tuple[str, ...]
+
     def __init__(self, host: nn.Module, state: State, transposed: bool) -> None:
         super().__init__()
         self.state = state
@@ -88,7 +93,7 @@ class Inlays(nn.Module):
         """A `forward` that somebody set on the instance (accelerate's device hooks do): it stays the innermost call."""
         self.held: dict[str, Tensor] | None = None
         self._forget()
-        object.__setattr__(self, "_host", host)
+        object.__setattr__(self, "host", host)  # not as a child: the host is above
 
     # -- contents ------------------------------------------------------------------------------------------------------
 
@@ -148,13 +153,13 @@ class Inlays(nn.Module):
 
     def original(self, name: str) -> Tensor:
         """The base's own parameter."""
-        parameter = self._host._parameters[name]
+        parameter = self.host._parameters[name]
         assert parameter is not None
         return parameter
 
     def bias_value(self) -> Tensor | None:
         """The bias the base module reads, if it has one."""
-        bias = self._host._parameters.get("bias")
+        bias = self.host._parameters.get("bias")
         return None if bias is None else self.value("bias", bias)
 
     def hold(self) -> dict[str, Tensor] | None:
@@ -168,7 +173,7 @@ class Inlays(nn.Module):
         running = self.state.running
         if self._seen is running or (self._seen is not None and self._seen == running):
             return
-        base = base_class(type(self._host)).forward
+        base = base_class(type(self.host)).forward
         onion = Inner(self, base, None, None)
         for piece in self.pieces(running, None):
             onion = Inner(self, base, piece, onion)
@@ -179,17 +184,15 @@ class Inlays(nn.Module):
         self._seen = running
 
     def _forget(self) -> None:
-        self._seen: tuple[str, ...] | None = None
-        self._onion: Inner | None = None
-        self._values: dict[str, tuple[Piece, ...]] = {}
-        self._computed: tuple[str, ...] = ()
+        self._seen, self._onion, self._values, self._computed = None, None, {}, ()
 
     # -- life outside the call -----------------------------------------------------------------------------------------
 
     @property
-    def _forward_pre_hooks(self) -> dict[int, Any]:  # type: ignore[override]
+    def _forward_pre_hooks(self) -> dict[int, Any]:
         """A pretence of a hook while pieces run: torch's fused TransformerEncoderLayer reads its children's weights
-        without calling them, which would leave the pieces out, and it steps aside where any child has a hook."""
+        without calling them, which would leave the pieces out, and it steps aside where any child has a hook.
+        """
         return {0: None} if self.__dict__.get("state") is not None and self.state.running else {}
 
     @_forward_pre_hooks.setter
@@ -204,7 +207,7 @@ class Inlays(nn.Module):
         return state
 
 
-RESERVED = frozenset(dir(Inlays)) | {"state", "transposed", "own_forward", "held", "training"}
+RESERVED = frozenset(dir(Inlays)) | {"state", "host", "transposed", "own_forward", "held", "training"}
 """Names that an adapter cannot have, because a host's `inlays` uses them itself."""
 
 
@@ -217,11 +220,11 @@ def hosted(base: type[nn.Module], parameters: frozenset[str]) -> type[nn.Module]
         held = inlays.hold()  # type: ignore[union-attr, operator]
         if held is None:
             return inlays.call()(*args, **kwargs)  # type: ignore[union-attr, operator]
-        inlays.held = held  # type: ignore[union-attr, assignment]
+        inlays.held = held  # type: ignore[union-attr]
         try:
             return inlays.call()(*args, **kwargs)  # type: ignore[union-attr, operator]
         finally:
-            inlays.held = None  # type: ignore[union-attr, assignment]
+            inlays.held = None  # type: ignore[union-attr]
 
     namespace: dict[str, Any] = {
         "forward": functools.wraps(base.forward)(forward),
@@ -251,11 +254,12 @@ def _reader(name: str) -> Callable[[nn.Module], Any]:
 def _reduce(host: nn.Module, protocol: Any) -> Any:
     """Pickle and deepcopy by the base class and the parameter names, since the subclass has no importable path."""
     cls = type(host)
-    return _rebuild, (cls._inlay_base, cls._inlay_parameters), host.__getstate__()  # type: ignore[attr-defined]
+    state = host.__getstate__()  # type: ignore[no-untyped-call]
+    return _rebuild, (cls._inlay_base, cls._inlay_parameters), state  # type: ignore[attr-defined]
 
 
 def _rebuild(base: type[nn.Module], parameters: frozenset[str]) -> nn.Module:
-    cls = hosted(base, parameters)
+    cls = hosted(base, parameters)  # type: ignore[arg-type]  # (classes hash; nn.Module's stub says otherwise)
     return cls.__new__(cls)
 
 
@@ -294,7 +298,8 @@ def refresh_class(module: nn.Module) -> None:
     """Give a host the class that fits the parameters its pieces stand for."""
     inlays = inlays_of(module)
     assert inlays is not None
-    module.__class__ = hosted(base_class(type(module)), inlays.parameters_touched())
+    base = base_class(type(module))
+    module.__class__ = hosted(base, inlays.parameters_touched())  # type: ignore[arg-type]
 
 
 def close_host(module: nn.Module) -> None:

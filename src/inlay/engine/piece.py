@@ -168,7 +168,9 @@ class Method:
         """The key of a piece's tensor in the file: HF peft's rule, `base_model.model.<path of the host>.<name>`."""
         return ".".join(("base_model.model", *filter(None, (site.file_path, name))))
 
-    def import_(self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
+    def import_(
+        self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]
+    ) -> None:
         """Copy the tensors of both files into the pieces, *removing* from the dicts what was used.
 
         What is missing or of another shape is a CheckpointError here; what is left over is one in the caller.
@@ -209,7 +211,7 @@ def take(tensors: dict[str, Tensor], key: str, shape: torch.Size) -> Tensor:
     tensor = tensors.pop(key)
     if tensor.shape != shape:
         raise CheckpointError(
-            f"the tensor {key!r} has shape {tuple(tensor.shape)} in the adapter file, but this model needs {tuple(shape)}: "
+            f"the tensor {key!r} has shape {tuple(tensor.shape)} in the adapter file; this model needs {tuple(shape)}: "
             "the file was made for another base model or another rank"
         )
     return tensor

@@ -16,7 +16,8 @@ def method_class(kind: str) -> type[Method]:
     """The `Method` subclass registered as `kind`. Raises ConfigError, naming the nearest, when there is none."""
     if kind not in KINDS:
         if kind not in kinds():
-            raise ConfigError(f"there is no method {kind!r}{did_you_mean(kind, kinds())} (`inlay methods` lists them all)")
+            hint = did_you_mean(kind, kinds())
+            raise ConfigError(f"there is no method {kind!r}{hint} (`inlay methods` lists them all)")
         importlib.import_module(f"{PACKAGE}.{kind}")
     return KINDS[kind]
 
@@ -32,5 +33,6 @@ def make_method(kind: str, fields: Mapping[str, Any] | None = None) -> Method:
     known = [field.name for field in dataclasses.fields(cls)]
     for name in fields or {}:
         if name not in known:
-            raise ConfigError(f"method {kind} has no field {name!r}{did_you_mean(name, known)}; it has: {', '.join(known)}")
+            hint = did_you_mean(name, known)
+            raise ConfigError(f"method {kind} has no field {name!r}{hint}; it has: {', '.join(known)}")
     return cls(**dict(fields or {}))
