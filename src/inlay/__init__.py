@@ -36,7 +36,9 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     module = _PLACES.get(name) or classes().get(name)
     if module is None:
-        raise AttributeError(f"module 'inlay' has no attribute {name!r}")
+        from inlay.errors import did_you_mean
+
+        raise AttributeError(f"module 'inlay' has no attribute {name!r}{did_you_mean(name, __all__)}")
     value = getattr(importlib.import_module(module), name)
     globals()[name] = value
     return value

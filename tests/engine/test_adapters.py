@@ -237,3 +237,10 @@ def test_two_methods_that_copy_one_parameter_are_refused(net: Net) -> None:
     with pytest.raises(ConfigError, match=r"BitFit and LayerNormTuning .* norm.bias"):
         inlay.attach(net, [inlay.BitFit(), inlay.LayerNormTuning(targets="norm")])
     assert type(net.norm) is nn.LayerNorm
+
+
+def test_a_misspelt_name_or_field_names_the_nearest(net: Net) -> None:
+    with pytest.raises(AttributeError, match="did you mean .*'LoRA'"):
+        _ = inlay.Lora
+    with pytest.raises(ConfigError, match="LoRA has no field 'lora_alpha'; did you mean 'alpha'"):
+        inlay.LoRA(lora_alpha=16)

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 N, LENGTH = 3, 6
 TEXT = torch.tensor([[7, 21, 40, 13, 9, 33], [52, 8, 30, 11, 60, 4]])
 PROMPT = torch.tensor([17, 45, 28])
-WIDE_WINDOW = {"gemma3": {"sliding_window": 32}, "gemma2": {"sliding_window": 32}, "modernbert": {"local_attention": 64}}
+WIDE_WINDOW = {
+    "gemma3": {"sliding_window": 32},
+    "gemma2": {"sliding_window": 32},
+    "modernbert": {"local_attention": 64},
+}
 
 
 def host(name: str, head: str, attention: str = "sdpa", **changes: Any) -> Any:

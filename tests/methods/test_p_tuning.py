@@ -62,7 +62,9 @@ def test_the_encoders_are_those_of_the_paper() -> None:
     lstm: Any = encoder_of(attached("llama", "causal", encoder="lstm", hidden_size=5, num_layers=1))
 
     def run(direction: str) -> Tensor:
-        w, u, b, c = (getattr(lstm.lstm, f"{n}_l0{direction}") for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        w, u, b, c = (
+            getattr(lstm.lstm, f"{n}_l0{direction}") for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
         h = cell = torch.zeros(5)
         rows = []
         for x in lstm.embedding.flip(0) if direction else lstm.embedding:
@@ -166,7 +168,9 @@ def test_dropout_in_the_encoder_never_reaches_the_file(tmp_path: Path) -> None:
     model = attached("gpt2", "causal", encoder="lstm", hidden_size=5, dropout=0.5).train()
     prompt = encoder_of(model)
     assert not torch.equal(prompt(), prompt())
-    (stored, _), (again, _) = (PTuning(encoder="lstm").export(adapters_of(model).loaded["default"].placed[0]) for _ in "12")
+    (stored, _), (again, _) = (
+        PTuning(encoder="lstm").export(adapters_of(model).loaded["default"].placed[0]) for _ in "12"
+    )
     assert torch.equal(stored["prompt_embeddings"], again["prompt_embeddings"])
     assert prompt.training
 

@@ -51,7 +51,8 @@ def implementations(model: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    "name", ["gpt2", "gpt-neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "phi", "phi3", "mixtral"]
+    "name",
+    ["gpt2", "gpt-neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "phi", "phi3", "mixtral"],
 )
 def test_a_decoder_reads_on_after_its_prefix(name: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, base = reading(monkeypatch, host(name, "causal", attention))
@@ -203,7 +204,9 @@ def test_two_prefixes_are_one_longer_prefix() -> None:
     both = inlay.attach(host("distilbert", "trunk"), PrefixTuning(num_virtual_tokens=2 * N, shift_positions=False))
     pairs = zip(*(adapters_of(model).loaded[one].placed[0] for one in ("outer", "inner")), strict=True)
     with torch.no_grad():
-        for (_, long), ((_, outer), (_, inner)) in zip(adapters_of(both).loaded["default"].placed[0], pairs, strict=True):
+        for (_, long), ((_, outer), (_, inner)) in zip(
+            adapters_of(both).loaded["default"].placed[0], pairs, strict=True
+        ):
             long.source().copy_(torch.cat((inner.source(), outer.source())))
     expected = both(TEXT).last_hidden_state
     for order in (("inner", "outer"), ("outer", "inner")):
@@ -309,10 +312,14 @@ def test_the_file_brings_back_the_same_training(fields: dict[str, Any], tmp_path
 # -- what it cannot do -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "attention"), [("deberta-v2", "DisentangledSelfAttention"), ("bloom", "BloomAttention")])
+@pytest.mark.parametrize(
+    ("name", "attention"), [("deberta-v2", "DisentangledSelfAttention"), ("bloom", "BloomAttention")]
+)
 def test_attentions_that_are_closed_are_refused(name: str, attention: str) -> None:
     if name == "bloom":
-        model: Any = transformers.BloomModel(transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4))
+        model: Any = transformers.BloomModel(
+            transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
+        )
     else:
         model = tiny.build(name)
     keys = list(model.state_dict())

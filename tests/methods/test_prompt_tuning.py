@@ -295,7 +295,9 @@ def test_the_prompt_is_stored_once_and_stays_shared() -> None:
 @pytest.mark.parametrize(("name", "head"), [("bert", "sequence"), ("llama", "causal"), ("bart", "conditional")])
 def test_checkpointing_and_compiling_change_nothing(name: str, head: str, position: Any) -> None:
     model = without_dropout(host(name, head, use_cache=False))
-    inlay.attach(model, PromptTuning(num_virtual_tokens=N, position=position, ensemble=2, init="random"), modules_to_save=[])
+    inlay.attach(
+        model, PromptTuning(num_virtual_tokens=N, position=position, ensemble=2, init="random"), modules_to_save=[]
+    )
     inputs = {**padded(model, "right"), "labels": torch.tensor([0, 1]) if head == "sequence" else TEXT}
 
     def gradient(run: Any) -> Tensor:

@@ -94,25 +94,25 @@ ROWS = [
     }, peft=False, refuses={"llama": None, "t5": None, "mixtral": None}),
     Row("bitfit-added", inlay.BitFit(add_missing=True), {
         "llama": 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32), "t5": 6 * 4 * 32 + 4 * (48 + 32), "conv": 8 + 6 + 6 + 4,
-    }, peft=False),
+    }, peft=False, compiled=("conv",)),
     Row("layer_norm", inlay.LayerNormTuning(), {
         "bert": 5 * 64, "llama": 5 * 32, "gpt2": 5 * 64, "t5": (5 + 7) * 32, "vit": 5 * 64, "mixtral": 5 * 32,
         "conv": 2 * 6, "torch": 2 * 2 * 24, "plain": 3 * 24,
-    }, refuses={"tied": None}),
+    }, compiled=("conv", "torch"), refuses={"tied": None}),
     Row("freezing", inlay.PartialFineTuning(top_k=1), {
         "bert": BLOCK, "gpt2": BLOCK, "vit": BLOCK, "llama": 2 * 32 * 48 + 3 * 32 * 48 + 2 * 32,
         "t5": (4 + 8) * 32 * 32 + 4 * 32 * 48 + 5 * 32,
     }, peft=False, refuses={"conv": None, "tied": None}),
     Row("freezing-heads", inlay.PartialFineTuning(heads={0: [1]}), {
         "bert": 4 * 8 * 32 + 3 * 8, "llama": 4 * 8 * 32, "torch": 4 * 6 * 12 + 3 * 6,
-    }, peft=False, refuses={"gpt2": None, "conv": None}),
+    }, peft=False, compiled=("torch",), refuses={"gpt2": None, "conv": None}),
     Row("freezing-gradual", inlay.PartialFineTuning(top_k=2, unfreeze_every=1), {"bert": 2 * BLOCK}, peft=False,
         compiled=()),
-    Row("full", inlay.FullFineTuning(), ALL, peft=False),
+    Row("full", inlay.FullFineTuning(), ALL, peft=False, compiled=("gpt2", "conv", "torch")),
     Row("head", inlay.FrozenFeatures(), {"bert": 0, "vit": 0}, peft=False, targets=False,
-        refuses={"llama": None, "plain": None}),
+        compiled=(), refuses={"llama": None, "plain": None}),
     Row("head-lm", inlay.FrozenFeatures(head="lm_head"), {"llama": 64 * 32, "gpt2": 64 * 32}, peft=False,
-        targets=False),
+        targets=False, compiled=()),
     Row("trainable_tokens", inlay.TrainableTokens(token_indices=(8, 3, 10)),
         {**dict.fromkeys(TEXT[1:], 3 * 32), "tied": 3 * 8, "plain": ("lookup", 3 * 8)}, refuses={"vit": None}),
     Row("adapter", inlay.Adapter(activation="gelu"), {
@@ -123,7 +123,7 @@ ROWS = [
     Row("adapter-houlsby", inlay.Adapter(placement="houlsby", activation="gelu"), {
         "bert": 4 * bottleneck(32) + 5 * 64, "llama": 4 * bottleneck(32) + 5 * 32,
         "t5": (6 + 4) * bottleneck(32) + 12 * 32, "torch": 4 * bottleneck(12) + 4 * 24,
-    }, mergeable=False, peft=False),
+    }, mergeable=False, peft=False, compiled=("torch",)),
     Row("adapter-parallel", inlay.Adapter(placement="parallel", activation="gelu", scale=4.0), {
         "bert": 2 * bottleneck(32), "llama": 2 * bottleneck(32), "torch": 2 * bottleneck(12),
     }, mergeable=False, peft=False),

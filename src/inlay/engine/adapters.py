@@ -1,8 +1,8 @@
 """The adapters of one model and their three states: loaded, active, trainable.
 
 Loaded: the pieces sit in the model (`attach`, `load`, `detach`). Active: they run, in the order of activation, the
-first innermost (`activate`, `using`, `disabled`). Trainable: their parameters require gradients (`trainable`). Each state
-changes by its own verb and never as a side effect of another; `train()` and `eval()` change none of them.
+first innermost (`activate`, `using`, `disabled`). Trainable: their parameters require gradients (`trainable`). Each
+state changes by its own verb and never as a side effect of another; `train()` and `eval()` change none of them.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ class Inner:
         self.inner = inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of this part of the onion."""
         if self.piece is None:
             if self.inlays.own_forward is not None:
                 return self.inlays.own_forward(*args, **kwargs)

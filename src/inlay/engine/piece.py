@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,11 @@ class Method:
         super().__init_subclass__(**kwargs)
         if "kind" in cls.__dict__:
             KINDS[cls.kind] = cls
+
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        """Refuse a field that does not exist with the nearest ones, which a dataclass alone would not name."""
+        reject_unknown(fields, (field.name for field in dataclasses.fields(cls)), cls.__name__)
+        return super().__new__(cls)
 
     # -- where -------------------------------------------------------------------------------------------------------
 
