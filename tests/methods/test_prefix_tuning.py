@@ -1,5 +1,5 @@
-"""Prefix tuning, against the base model reading a text: a prefix that holds the keys and values of the tokens P must do to
-a text x what the base does to [P; x], whatever generates; elsewhere, against attention over [K_p; K] written out."""
+"""Prefix tuning, against the base model reading a text: a prefix that holds the keys and values of the tokens P must do
+to a text x what the base does to [P; x], whatever generates; elsewhere, against attention over [K_p; K] written out."""
 
 from __future__ import annotations
 

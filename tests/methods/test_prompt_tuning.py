@@ -1,5 +1,5 @@
-"""Prompt tuning, against the base model reading the prompt's own tokens: a prompt that holds the embeddings of the tokens
-P must do to a text x what the base does to [P; x], in every output and in every way of generating."""
+"""Prompt tuning, against the base model reading the prompt's own tokens: a prompt that holds the embeddings of the
+tokens P must do to a text x what the base does to [P; x], in every output and in every way of generating."""
 
 from __future__ import annotations
 
@@ -337,7 +337,9 @@ def tokenizer(folder: Path) -> str:
     """A tokenizer of words, saved in a folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({word: i + 5 for i, word in enumerate("good bad is this a film very".split())}))
+    words = Tokenizer(
+        models.WordLevel({word: i + 5 for i, word in enumerate(["good", "bad", "is", "this", "a", "film", "very"])})
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     return str(folder)

@@ -129,25 +129,26 @@ ROWS = [
     }, mergeable=False, peft=False),
     # A prompt changes what a model computes from the start: that is what it is for.
     Row("prompt_tuning", inlay.PromptTuning(num_virtual_tokens=N), dict.fromkeys(TEXT, N * 32),
-        identity=2.0, mergeable=False, targets=False, refuses={"vit": None, "conv": None}),
+        identity=1.5, mergeable=False, targets=False, refuses={"vit": None, "conv": None}),
     Row("prompt_tuning-added", inlay.PromptTuning(num_virtual_tokens=N, position="added"),
         {"bert": N * 32, "llama": N * 32}, mergeable=False, peft=False, targets=False),
     Row("prompt_tuning-ensemble", inlay.PromptTuning(num_virtual_tokens=N, ensemble=2),
-        {"llama": 2 * N * 32, "t5": 2 * N * 32}, identity=2.0, mergeable=False, peft=False, targets=False),
+        {"llama": 2 * N * 32, "t5": 2 * N * 32}, identity=1.5, mergeable=False, peft=False, targets=False),
     Row("prefix_tuning", inlay.PrefixTuning(num_virtual_tokens=N), {
         "bert": N * 2 * 64, "llama": N * 2 * 32, "gpt2": N * 2 * 64, "t5": N * 2 * 64, "vit": N * 2 * 64,
         "mixtral": N * 2 * 32,
-    }, identity=2.0, mergeable=False, refuses={"torch": None, "conv": None}),
+    }, identity=1.5, mergeable=False, refuses={"torch": None, "conv": None}),
     Row("p_tuning", inlay.PTuning(num_virtual_tokens=N, hidden_size=5),
-        dict.fromkeys(TEXT, N * 32 + 5 * 33 + 5 * 6 + 32 * 6), identity=2.0, mergeable=False, targets=False),
+        dict.fromkeys(TEXT, N * 32 + 5 * 33 + 5 * 6 + 32 * 6), identity=1.5, mergeable=False, targets=False),
     Row("p_tuning-lstm", inlay.PTuning(num_virtual_tokens=N, encoder="lstm", hidden_size=4, num_layers=1),
-        {"gpt2": N * 32 + 8 * 4 * (32 + 4 + 2) + 2 * 4 * (2 * 4 + 1) + 32 * (2 * 4 + 1)}, identity=2.0, mergeable=False,
+        {"gpt2": N * 32 + 8 * 4 * (32 + 4 + 2) + 2 * 4 * (2 * 4 + 1) + 32 * (2 * 4 + 1)}, identity=1.5, mergeable=False,
         targets=False, compiled=()),  # torch compiles no LSTM in one graph
     Row("p_tuning-deep", inlay.PTuning(num_virtual_tokens=N, deep=True), {"bert": N * 2 * 64, "llama": N * 2 * 32},
-        identity=2.0, mergeable=False, peft="PREFIX_TUNING", compiled=()),
+        identity=1.5, mergeable=False, peft="PREFIX_TUNING", compiled=()),
     Row("prefix_tuning-mlp", inlay.PrefixTuning(num_virtual_tokens=N, projection_size=5),
-        {"llama": N * 32 + 5 * 33 + 6 * 2 * 32}, identity=2.0, mergeable=False),
+        {"llama": N * 32 + 5 * 33 + 6 * 2 * 32}, identity=1.5, mergeable=False),
 ]  # fmt: skip
+
 
 def cases(hosts: Callable[[Row], Iterable[str]]) -> pytest.MarkDecorator:
     """One test for each row and each of some hosts."""

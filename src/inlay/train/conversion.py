@@ -89,7 +89,7 @@ def _prefixed(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, T
 
 def _base(model: str, config: dict[str, Any]) -> Any:
     kind = config.get("task_type") or (config.get("auto_mapping") or {}).get("base_model_class")
-    fingerprint = (config.get("inlay") or {}).get("base") or {}
+    fingerprint = checkpoint.own_entry(config).get("base") or {}
     loader = getattr(transformers, AUTO.get(str(kind), str(kind or fingerprint.get("class"))), transformers.AutoModel)
     try:
         with quiet():
