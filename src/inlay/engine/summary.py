@@ -30,13 +30,14 @@ class Summary:
     active: tuple[str, ...]
     trainable_parameters: int
     base_parameters: int
-    adapter_parameters: int
+    added_parameters: int
+    """Those that the model has more of than its base; a trained copy stands for a base parameter and adds none."""
     adapter_bytes: int
 
     @property
     def total_parameters(self) -> int:
-        """The base's parameters and those that were added or copied."""
-        return self.base_parameters + self.adapter_parameters
+        """Of the model as it runs: the base's and those that were added."""
+        return self.base_parameters + self.added_parameters
 
     def __str__(self) -> str:
         widths = [max(len(row.adapter) for row in self.rows), max(len(row.method) for row in self.rows)]
@@ -45,10 +46,10 @@ class Summary:
             f"{row.parameters:>12,} parameters  {row.bytes:>13,} bytes   {', '.join(row.examples)}"
             for row in self.rows
         ]
-        share = self.trainable_parameters / self.base_parameters if self.base_parameters else 0.0
+        share = self.trainable_parameters / self.total_parameters if self.total_parameters else 0.0
         lines.append(f"active: {', '.join(self.active) or 'none (the base model)'}")
         lines.append(
-            f"trainable: {self.trainable_parameters:,} parameters, {share:.3%} of the base's {self.base_parameters:,}"
+            f"trainable: {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.3%})"
         )
         return "\n".join(lines)
 
@@ -67,12 +68,14 @@ def summary(model: nn.Module) -> Summary:
             rows.append(Row(adapter.name, method.kind, len(names), examples, count, sum(p.nbytes for p in own)))
     parameters = dict(model.named_parameters())
     base = sum(p.numel() for name, p in parameters.items() if CHILD not in name.split("."))
+    pieces = [piece for adapter in adapters.loaded.values() for _, piece in adapter.pieces()]
+    copied = {id(p) for piece in pieces if piece.replaces for p in piece.parameters()}
     added = [p for name, p in parameters.items() if CHILD in name.split(".")]
     return Summary(
         rows=tuple(rows),
         active=adapters.state.active,
         trainable_parameters=sum(p.numel() for p in parameters.values() if p.requires_grad),
         base_parameters=base,
-        adapter_parameters=sum(p.numel() for p in added),
+        added_parameters=sum(p.numel() for p in added if id(p) not in copied),
         adapter_bytes=sum(p.nbytes for p in added),
     )

@@ -16,7 +16,7 @@ INITS = ("random", "vocabulary", "text", "labels", "zeros")
 @torch.no_grad()
 def initial_prompt(
     model: nn.Module,
-    embedding: nn.Module,
+    embedding: nn.Embedding,
     length: int,
     copies: int,
     init: Init,
@@ -31,12 +31,11 @@ def initial_prompt(
         raise ConfigError(f"text={text!r} is only used with init='text', and init is {init!r}")
     if init != "labels" and labels is not None:
         raise ConfigError(f"labels={labels!r} are only used with init='labels', and init is {init!r}")
-    weight: Any = embedding.weight
-    count = copies * length
+    count, weight = copies * length, embedding.weight.detach()
     if init == "zeros":
-        return torch.zeros(count, weight.shape[1], device=weight.device)
+        return torch.zeros(count, embedding.embedding_dim, device=weight.device)
     if init == "random":
-        return torch.randn(count, weight.shape[1]).to(weight.device).mul(float(weight.float().std()))
+        return weight.float().std() * torch.randn(count, embedding.embedding_dim).to(weight.device)
     if init == "vocabulary":
         return _sample(embedding, count)
     encode = token_encoder(model, tokenizer, init)
@@ -50,21 +49,19 @@ def initial_prompt(
     return torch.cat([torch.cat((means, _sample(embedding, rest))) for _ in range(copies)])
 
 
-def _vectors(embedding: nn.Module, ids: list[int]) -> Tensor:
+def _vectors(embedding: nn.Embedding, ids: list[int]) -> Tensor:
     """Embeddings as the model computes them (some scale what their table holds)."""
-    weight: Any = embedding.weight
-    vectors: Tensor = embedding(torch.tensor(ids, device=weight.device, dtype=torch.long).unsqueeze(0))
+    vectors: Tensor = embedding(torch.tensor([ids], device=embedding.weight.device, dtype=torch.long))
     return vectors.squeeze(0).float()
 
 
-def _sample(embedding: nn.Module, count: int) -> Tensor:
-    weight: Any = embedding.weight
-    rows = weight.shape[0]
+def _sample(embedding: nn.Embedding, count: int) -> Tensor:
+    rows = embedding.num_embeddings
     ids = torch.cat([torch.randperm(rows) for _ in range(-(-count // rows))])[:count]
     return _vectors(embedding, ids.tolist())
 
 
-def _repeat(embedding: nn.Module, ids: list[int], length: int) -> Tensor:
+def _repeat(embedding: nn.Embedding, ids: list[int], length: int) -> Tensor:
     return _vectors(embedding, (ids * -(-length // len(ids)))[:length])
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.structure import ancestors
 from inlay.errors import TargetError, UnsupportedError
@@ -74,6 +76,11 @@ class SubLayers:
 
     def widths(self, site: Site) -> tuple[int, int]:
         """How many features go into a place and come out of it."""
+        if isinstance(site.module, nn.GroupNorm | nn.modules.batchnorm._NormBase):
+            raise UnsupportedError(
+                f"Adapter cannot sit at {site.name}: {type(site.module).__name__} keeps its channels on the second axis, "
+                "and a bottleneck works on the last one; use another method there"
+            )
         if site.kind != "module":
             return site.in_features, site.out_features
         weights = (s for s in self.index.sites if s.kind in ("linear", "parameter"))

@@ -32,6 +32,8 @@ class FrozenFeatures(CopyMethod):
     """The module to train, by role or name, where the model has no new head ("lm_head", "pooler")."""
 
     def __post_init__(self) -> None:
+        if self.head is not None and not isinstance(self.head, str):
+            raise ConfigError(f"FrozenFeatures(head={self.head!r}): a role or a name is needed, such as 'lm_head'")
         if self.targets is not None or self.exclude is not None or self.layers is not None:
             raise ConfigError("FrozenFeatures has no targets, exclude or layers: nothing in the trunk is trained")
 

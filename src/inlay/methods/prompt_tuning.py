@@ -83,6 +83,7 @@ class PromptTuning(Method):
     def build(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Piece]]:
         """The prompt's vectors, and the pieces that put them in."""
         embedding = sites[-1].module
+        assert isinstance(embedding, nn.Embedding)
         added = self.position == "added"
         init = self.init or ("zeros" if added else "vocabulary")
         vectors = initial_prompt(

@@ -116,7 +116,7 @@ def _report(record: Record, frozen: float, test: Dataset) -> None:
     some = test.select(range(0, len(test), max(1, len(test) // SHOWN))).select(range(SHOWN))
     for row, found in zip(some, predict(record.out, some), strict=True):
         mark = "right" if found["label"] == str(row["label"]) else f"wrong: {row['label']}"
-        print(f"  {found['label']:<12} ({mark})  {row['text'][:90]}")
+        print(f"  {row['text'][:60]:<60}  {found['label']} ({mark})")
     out, data = record.out, demonstration_data()
     print(f"\nEverything is in {Path(out).resolve()} (start with README.md). Try next:\n")
     print(f"  inlay predict {out} --data {data / 'test.jsonl'} --out predictions.jsonl")

@@ -110,7 +110,7 @@ class Run:
             elif key in read.METHOD_ALIASES:
                 raise ConfigError(f"{where}: {key!r} belongs in the `method:` section ({read.METHOD_ALIASES[key]})")
             else:
-                near = did_you_mean(str(key), [*names, *read.ALIASES])
+                near = did_you_mean(str(key), [*names, *read.ALIASES, *arguments])
                 raise ConfigError(f"{where} has no setting {key!r}{near}; it has: {', '.join(names)}")
         if settings.get("model") in (None, ""):
             raise ConfigError(

@@ -58,7 +58,13 @@ class _Loader(yaml.SafeLoader):
     """YAML in which `1e-3` is a number: YAML 1.1 wants a dot in it, and nobody writes one."""
 
 
-_Loader.yaml_implicit_resolvers = {key: list(rules) for key, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    key: [(tag, pattern) for tag, pattern in rules if tag != _BOOL]
+    for key, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+# YAML 1.1 also reads yes, no, on and off as truths, but `eval_strategy: no` is transformers' own spelling.
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
