@@ -137,10 +137,10 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_2(
 
 
 def test_debug_shows_where_it_came_from_wherever_it_stands() -> None:
-    done = call("evaluate", "nowhere", "--debug")
+    done = call("train", "nowhere.yaml", "--debug")
     assert "Traceback" in done.stderr
     assert done.returncode != 0
-    done = call("evaluate", "nowhere")
+    done = call("train", "nowhere.yaml")
     assert "Traceback" not in done.stderr
     assert done.returncode == 2
 
@@ -166,7 +166,9 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("inlay ")
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(
+    tiny_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = (
         "import os, signal\n"
         "from inlay.train.callbacks import Curve\n"
@@ -186,6 +188,6 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tiny_model: Path, rows: Pa
     assert done.stderr.splitlines()[-1] == (
         "inlay: stopped at step 3 of 15, with a checkpoint; go on with: inlay train --resume --out r"
     )
-    done = call("train", "--resume", "--out", "r", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", "--resume", "--out", "r"], False) == 0
     assert json.loads((tmp_path / "r" / "record.json").read_text())["steps"] == 15

@@ -491,7 +491,7 @@ def test_another_base_is_refused_with_what_differs_and_strict_false_insists(save
     wide = Net(wide=6)
     with pytest.raises(BaseModelError, match=r"table.weight has shape \(11, 6\) here, \(11, 8\) there"):
         inlay.load(wide, saved)
-    with pytest.raises(CheckpointError, match=r"shape \(2, 8\) in the adapter file, but this model needs \(2, 6\)"):
+    with pytest.raises(CheckpointError, match=r"shape \(2, 8\) in the adapter file; this model needs \(2, 6\)"):
         inlay.load(wide, saved, strict=False)
     assert type(wide.first) is nn.Linear
 

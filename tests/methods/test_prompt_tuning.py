@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import inlay
 from inlay import PromptTuning
 from inlay.errors import ConfigError, UnsupportedError
+from inlay.methods._prompts import encoder_of
 
 DECODERS = ["gpt2", "gpt-neox", "opt", "llama", "mistral", "qwen2", "gemma", "gemma3", "phi", "deepseek-v3"]
-ENCODERS = ["bert", "roberta", "distilbert", "albert", "electra", "deberta-v2", "modernbert"]
+ENCODERS = ["bert", "roberta", "distilbert", "albert", "electra", "deberta-v2", "modernbert", "t5"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """The same sums over the same keys, in another order of rows."""
 
@@ -27,8 +28,8 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 def reading(model: Any, **fields: Any) -> Any:
     """The model with a prompt that holds what it computes for the tokens PROMPT, and the model as it was."""
     base = copy.deepcopy(model)
-    encoder = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
-    vectors = encoder.get_input_embeddings()(PROMPT).detach()
+    encoder = encoder_of(model) or model
+    vectors: Tensor = encoder.get_input_embeddings()(PROMPT).detach()
     inlay.attach(model, PromptTuning(num_virtual_tokens=N, init="zeros", **fields), modules_to_save=[])
     with torch.no_grad():
         prompt_of(model).copy_(vectors)

@@ -170,7 +170,10 @@ def test_files_both_ways(kind: str, name: str, head: str, tmp_path: Path) -> Non
     torch.testing.assert_close(real(back(**inputs), inputs), real(born(**inputs), inputs), **CLOSE)
     keys = {"prompt_embeddings"}
     if head == "sequence":
-        keys |= {"base_model.classifier.weight", "base_model.classifier.bias"}  # where a prompt is, peft has no `.model`
+        keys |= {
+            "base_model.classifier.weight",
+            "base_model.classifier.bias",
+        }  # where a prompt is, peft has no `.model`
     assert set(load_file(tmp_path / "theirs/adapter_model.safetensors")) == keys
     assert set(load_file(tmp_path / "ours/adapter_model.safetensors")) == keys
 

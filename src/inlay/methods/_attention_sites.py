@@ -28,30 +28,30 @@ def uses_interface(module: nn.Module) -> bool:
 
 def check_interface(model: nn.Module, sites: Iterable[Site], what: str) -> None:
     """Refuse, before anything is changed, attentions that a prefix would not reach."""
+    whole = type(model).__name__
+    files: dict[int, set[str]] = {}
+    for module in model.modules():
+        if hasattr(module, "config") and _calls_interface(module):
+            files.setdefault(id(module.config), set()).add(modelling_file(module))
     for site in sites:
-        name, config = type(site.module).__name__, getattr(site.module, "config", None)
+        name = type(site.module).__name__
         if not uses_interface(site.module):
             raise UnsupportedError(
-                f"{what} cannot reach the attention of {type(model).__name__}: {name} does not compute it through "
-                "transformers' attention interface; use prompt tuning or LoRA"
+                f"{what} cannot reach the attention of {whole}: {name} does not compute it through transformers' "
+                "attention interface; use prompt tuning or LoRA"
             )
-        kind = str(config._attn_implementation).removeprefix(MARK).partition("|")[0]  # type: ignore[union-attr]
+        config: Any = site.module.config
+        kind = str(config._attn_implementation).removeprefix(MARK).partition("|")[0]
         if kind not in SUPPORTED:
             raise UnsupportedError(
-                f"{what} works with {' and '.join(SUPPORTED)} attention, and {type(model).__name__} uses {kind!r}: "
-                "call model.set_attn_implementation('sdpa') first"
+                f"{what} works with {' and '.join(SUPPORTED)} attention, and {whole} uses {kind!r}: call "
+                "model.set_attn_implementation('sdpa') first"
             )
         if kind == "eager" and getattr(config, "reorder_and_upcast_attn", False):
-            raise UnsupportedError(
-                f"{what}: eager attention with reorder_and_upcast_attn has its own path in {name}; use 'sdpa'"
-            )
-        others = {
-            modelling_file(m) for m in model.modules() if getattr(m, "config", None) is config and _calls_interface(m)
-        }
-        if len(others) > 1:
-            raise UnsupportedError(
-                f"{what}: one config serves attentions of several files ({', '.join(sorted(others))})"
-            )
+            raise UnsupportedError(f"{what}: with reorder_and_upcast_attn, eager {name} has its own path; use 'sdpa'")
+        if len(files[id(config)]) > 1:
+            found = ", ".join(sorted(files[id(config)]))
+            raise UnsupportedError(f"{what}: one config of {whole} serves attentions of several files ({found})")
 
 
 def _calls_interface(module: nn.Module) -> bool:

@@ -36,8 +36,10 @@ def prompt_sites(index: SiteIndex, what: str) -> list[Site]:
         raise UnsupportedError(
             f"{what} cannot tell whether the recurrent state of {type(reader).__name__} holds the prompt; use LoRA"
         )
+    table = embedding._parameters["weight"]
+    tables = [m for m in reader.modules() if isinstance(m, nn.Embedding) and m._parameters["weight"] is table]
     places = {id(site.module): site for site in index.sites if site.parameter is None}
-    return [places[id(module)] for module in (model, encoder, embedding) if module is not None]
+    return [places[id(module)] for module in (model, encoder, *tables) if module is not None]
 
 
 def prompt_pieces(
@@ -49,14 +51,16 @@ def prompt_pieces(
     combine: Combine = "logits",
 ) -> list[tuple[Site, Piece]]:
     """The pieces that put `prompt`, which gives (copies · length, d), into the places of `prompt_sites`."""
-    *entries, tokens = sites
-    others = list(_codes(tokens.module))
-    base = others[0].base if others else tokens.in_features + 1
+    entries = [site for site in sites if not isinstance(site.module, nn.Embedding)]
+    tables = [site for site in sites if isinstance(site.module, nn.Embedding)]
+    others = list(_codes(tables[0].module))
+    base = others[0].base if others else tables[0].in_features + 1
     code = Code(length, copies, base, max([1, *(other.place * other.radix for other in others)]), added)
     reader = entries[-1].module
     positions, first = position_table(reader)
     entry = PromptEntry(prompt, code, arguments_of(reader), positions, first, combine, keep=len(entries) > 1)
-    pieces: list[tuple[Site, Piece]] = [(entries[-1], entry), (tokens, VirtualTokens(prompt, code))]
+    pieces: list[tuple[Site, Piece]] = [(entries[-1], entry)]
+    pieces += [(site, VirtualTokens(prompt, code, owns=site is tables[0])) for site in tables]
     if len(entries) > 1:
         pieces.insert(0, (entries[0], SourceMask(code, arguments_of(entries[0].module), combine)))
     return pieces
@@ -64,7 +68,7 @@ def prompt_pieces(
 
 def prompt_of(pieces: Sequence[tuple[Site, Piece]]) -> nn.Module:
     """What gives the prompt's vectors."""
-    return next(piece.prompt for _, piece in pieces if isinstance(piece, VirtualTokens))
+    return next(piece.shared[0] for _, piece in pieces if isinstance(piece, VirtualTokens))
 
 
 def peft_fields(length: int, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:

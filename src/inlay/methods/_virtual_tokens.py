@@ -85,11 +85,12 @@ class SharesPrompt(Piece):
 
 
 class VirtualTokens(SharesPrompt):
-    """On the token embedding: p_k in place of E(id) for a prepended prompt, E(id) + p_k for an added one. Owns it."""
+    """On the token embedding: p_k in place of E(id) for a prepended prompt, E(id) + p_k for an added one."""
 
-    def __init__(self, prompt: nn.Module, code: Code) -> None:
+    def __init__(self, prompt: nn.Module, code: Code, owns: bool) -> None:
         super().__init__(prompt, code)
-        self.prompt = prompt
+        if owns:
+            self.prompt = prompt
 
     def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = None if args else next(iter(kwargs))

@@ -35,7 +35,8 @@ class PrefixTuning(Method):
 
     Works with `generate`, any cache, padding, grouped queries and both gradient checkpointings, on attentions that go
     through transformers' attention interface ("eager" or "sdpa"). Prefix columns are always visible, in sliding windows
-    too. It is HF peft's PREFIX_TUNING, where that has a place for it.
+    too, and lie first in `attentions`. It is HF peft's PREFIX_TUNING; of peft's prefixes for encoder–decoders, whose
+    layers share slots, files are read but not written.
     """
 
     kind = "prefix_tuning"

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 class PromptTuning(Method):
     """n trained input vectors (d: width of the token embedding). Parameters: ensemble · num_virtual_tokens · d.
 
-    Encoders and decoders see the prompt before their text; in an encoder–decoder it stands before the source. Outputs,
-    `generate`'s too, have the base's shapes. Prepended, it is HF peft's PROMPT_TUNING.
+    Encoders and decoders see the prompt before their text; in an encoder–decoder it stands before the source. Outputs
+    (of `generate`, too) have the base's shapes, except `attentions` and, of an encoder–decoder, `encoder_*`, which show
+    the prompt as well. Prepended, it is HF peft's PROMPT_TUNING. As there, padding on the left lies between prompt and
+    text; where distances count (sliding windows, T5's encoder), pad on the right.
     """
 
     kind = "prompt_tuning"

@@ -146,6 +146,9 @@ def make_trainer(ready: Prepared, out: Path, checkpoint: Path | None, progress: 
     task, tokenizer, model = ready.task, ready.tokenizer, ready.model
     args = arguments.training_arguments(ready.run, out / CHECKPOINTS, task.primary_metric)
     recover(out / CHECKPOINTS)
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        # The reentrant kind passes no gradient to a block whose inputs need none, and frozen embeddings need none.
+        model.enable_input_require_grads()
     curve, stop = Curve(out / CURVE_FILE, step_of(checkpoint) if checkpoint is not None else 0), Stop()
 
     def evaluate(model: Any) -> Mapping[str, float]:
@@ -216,5 +219,5 @@ def measure(ready: Prepared, trainer: Trainer, out: Path) -> dict[str, dict[str,
     return {
         split: measured(ready.task.evaluate(ready.model, ready.tokenizer, ready.splits[split], batch_size=size))
         for split in ("validation", "test")
-        if split in ready.splits
+        if split in ready.splits and ready.task.labelled(ready.splits[split])  # GLUE's test rows have no labels
     }
