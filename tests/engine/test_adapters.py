@@ -124,7 +124,9 @@ def test_an_eval_model_stays_in_eval_and_a_training_one_in_training(net: Net) ->
 
 
 @pytest.mark.parametrize("order", [("default", "law"), ("law", "default")])
-def test_merged_equals_unmerged_and_unmerge_restores_the_bits(net: Net, ids: torch.Tensor, order: tuple[str, str]) -> None:
+def test_merged_equals_unmerged_and_unmerge_restores_the_bits(
+    net: Net, ids: torch.Tensor, order: tuple[str, str]
+) -> None:
     inlay.attach(net, [lora(targets="first,second,embed")])
     inlay.attach(net, inlay.DoRA(r=2, targets="first,second,embed"), name="law")
     randomise(net)
@@ -197,8 +199,7 @@ def test_fused_transformer_layer_runs_the_pieces_and_is_fused_again_when_disable
         fused = model(x)
         with inlay.disabled(model):
             assert torch.equal(model(x), base)
-    with torch.enable_grad():
-        unfused = model.train()(x) if False else model(x)
+    unfused = model(x)  # with gradients, torch takes the plain path
     assert (fused - base).abs().max() > 1e-3
     torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-5)
 
@@ -220,7 +221,7 @@ def test_wrong_use_names_what_is_loaded_and_changes_nothing(net: Net) -> None:
     inlay.attach(net, lora())
     with pytest.raises(AdapterError, match="loaded already"):
         inlay.attach(net, lora())
-    with pytest.raises(AdapterError, match="did you mean 'default'"):
+    with pytest.raises(AdapterError, match=r"did you mean 'default'"):
         inlay.activate(net, "defualt")
     inlay.merge(net)
     with pytest.raises(AdapterError, match="unmerge"):

@@ -68,3 +68,9 @@ def checkpoint(model: Any, reentrant: bool | None) -> None:
     verb = "enable" if reentrant is not None else "disable"
     turn = getattr(model, f"activation_checkpointing_{verb}", None) or getattr(model, f"gradient_checkpointing_{verb}")
     turn(*[{"use_reentrant": reentrant}] * (reentrant is not None))
+
+
+def prompt_of(model: nn.Module) -> nn.Parameter:
+    """The one parameter that is trained."""
+    (found,) = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return found

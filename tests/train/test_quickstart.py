@@ -46,8 +46,8 @@ def test_an_adapter_beats_frozen_features_trained_equally(tmp_path: Path) -> Non
             method=[method], train={"learning_rate": 5e-3, "num_train_epochs": 2, "per_device_train_batch_size": 16}
         )
         accuracy[method["kind"]] = train(run, progress=False).metrics["test"]["accuracy"]
-    # MEASURED; one standard error of a difference on 540 rows is below 0.03.
-    assert accuracy["lora"] > accuracy["head"] + 0.1
+    # 0.71 against 0.57 where this was written; one standard error of a difference on 540 rows is below 0.03.
+    assert accuracy["lora"] > accuracy["head"] + 0.05
 
 
 @installed

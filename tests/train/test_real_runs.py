@@ -29,9 +29,8 @@ TASKS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 
 def cut(source: Path, count: int, folder: Path) -> Path:
     """The first rows of a real file as train, the next as validation; what they are is left to be guessed."""
-    opened = gzip.open(source, "rt", encoding="utf-8") if source.suffix == ".gz" else source.open(encoding="utf-8")
-    with opened as lines:
-        chosen = list(islice((line for line in lines if line.strip()), count + 16))
+    text = gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes()
+    chosen = list(islice((line for line in text.decode().splitlines(keepends=True) if line.strip()), count + 16))
     folder.mkdir(parents=True, exist_ok=True)
     suffix = ".txt" if ".txt" in source.name else ".jsonl"
     (folder / f"train{suffix}").write_text("".join(chosen[:count]), encoding="utf-8")

@@ -78,7 +78,7 @@ class SubLayers:
         """How many features go into a place and come out of it."""
         if isinstance(site.module, nn.GroupNorm | nn.modules.batchnorm._NormBase):
             raise UnsupportedError(
-                f"Adapter cannot sit at {site.name}: {type(site.module).__name__} keeps its channels on the second axis, "
+                f"Adapter cannot sit at {site.name}: {type(site.module).__name__} has its channels on the second axis, "
                 "and a bottleneck works on the last one; use another method there"
             )
         if site.kind != "module":

@@ -146,7 +146,8 @@ def make_trainer(ready: Prepared, out: Path, checkpoint: Path | None, progress: 
     task, tokenizer, model = ready.task, ready.tokenizer, ready.model
     args = arguments.training_arguments(ready.run, out / CHECKPOINTS, task.primary_metric)
     recover(out / CHECKPOINTS)
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    kwargs = args.gradient_checkpointing_kwargs
+    if args.gradient_checkpointing and isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
         # The reentrant kind passes no gradient to a block whose inputs need none, and frozen embeddings need none.
         model.enable_input_require_grads()
     curve, stop = Curve(out / CURVE_FILE, step_of(checkpoint) if checkpoint is not None else 0), Stop()
