@@ -241,7 +241,7 @@ def test_two_methods_that_copy_one_parameter_are_refused(net: Net) -> None:
 
 
 def test_a_misspelt_name_or_field_names_the_nearest(net: Net) -> None:
-    with pytest.raises(AttributeError, match="did you mean .*'LoRA'"):
+    with pytest.raises(AttributeError, match=r"did you mean .*'LoRA'"):
         _ = inlay.Lora
-    with pytest.raises(ConfigError, match="LoRA has no field 'lora_alpha'; did you mean 'alpha'"):
+    with pytest.raises(ConfigError, match=r"LoRA has no field 'lora_alpha'; did you mean 'alpha'"):
         inlay.LoRA(lora_alpha=16)
