@@ -34,5 +34,6 @@ def make_method(kind: str, fields: Mapping[str, Any] | None = None) -> Method:
     for name in fields or {}:
         if name not in known:
             hint = did_you_mean(name, known)
-            raise ConfigError(f"method {kind} has no field {name!r}{hint}; it has: {', '.join(known)}")
+            hint = f"{hint} It" if hint else "; it"
+            raise ConfigError(f"method {kind} has no field {name!r}{hint} has: {', '.join(known)}")
     return cls(**dict(fields or {}))

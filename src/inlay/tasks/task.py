@@ -249,7 +249,8 @@ def make_task(kind: str, **fields: Any) -> Task:
     for name in fields:
         if name not in known:
             near = did_you_mean(name, known)
-            raise ConfigError(f"task {kind} has no field {name!r}{near}; it has: {', '.join(known)}")
+            near = f"{near} It" if near else "; it"
+            raise ConfigError(f"task {kind} has no field {name!r}{near} has: {', '.join(known)}")
     return cls(**fields)
 
 

@@ -111,7 +111,8 @@ class Run:
                 raise ConfigError(f"{where}: {key!r} belongs in the `method:` section ({read.METHOD_ALIASES[key]})")
             else:
                 near = did_you_mean(str(key), [*names, *read.ALIASES, *arguments])
-                raise ConfigError(f"{where} has no setting {key!r}{near}; it has: {', '.join(names)}")
+                near = f"{near} It" if near else "; it"
+                raise ConfigError(f"{where} has no setting {key!r}{near} has: {', '.join(names)}")
         if settings.get("model") in (None, ""):
             raise ConfigError(
                 f"{where} names no model: add `model:` to the file, or --model, with a folder or a hub id"
