@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from inlay.engine import catalogue
 from inlay.errors import ConfigError, did_you_mean
 from inlay.train import settings as read
 
@@ -264,7 +265,7 @@ def _method(value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
         value = read.renamed(value, read.METHOD_ALIASES, "method")
     fields = _with_kind(value, "method")
-    kinds = read.method_kinds()
+    kinds = catalogue.kinds()
     kind = fields["kind"] if fields["kind"] in kinds else fields["kind"].lower().replace("-", "_")
     if kind not in kinds:
         near = did_you_mean(kind, kinds)

@@ -153,15 +153,6 @@ def training_arguments() -> Mapping[str, str]:
     raise ConfigError("this version of transformers has no TrainingArguments where Inlay looks for it")
 
 
-def method_kinds() -> list[str]:
-    """Every method's kind, from the names of the files, without importing one."""
-    spec = importlib.util.find_spec("inlay.methods")
-    folders = spec.submodule_search_locations if spec is not None else None
-    return sorted(
-        {file.stem for folder in folders or () for file in Path(folder).glob("*.py") if not file.stem.startswith("_")}
-    )
-
-
 def renamed(settings: Mapping[str, Any], aliases: Mapping[str, str], section: str) -> dict[str, Any]:
     """The settings under their own names. The same thing given twice with different values is a ConfigError."""
     result: dict[str, Any] = {}
