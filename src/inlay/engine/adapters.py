@@ -16,6 +16,7 @@ from torch import nn
 
 from inlay.engine.controller import Controller
 from inlay.engine.host import RESERVED, State, close_host, hosts, inlays_of, open_host, refresh_class
+from inlay.engine.merging import merged_parameters, swap
 from inlay.engine.piece import Method, Piece
 from inlay.engine.roles import new_heads
 from inlay.engine.sites import Site, SiteIndex, is_conv1d
@@ -278,8 +279,6 @@ def merge(model: nn.Module) -> nn.Module:
     The base's own parameters are kept aside, so `unmerge` restores the very bits. Raises UnsupportedError, before
     anything is changed, when an active adapter holds a piece that is not a change of the weights.
     """
-    from inlay.engine.merging import merged_parameters, swap
-
     adapters = adapters_of(model)
     if adapters.state.merged:
         return model

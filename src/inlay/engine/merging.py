@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from inlay.engine.adapters import Adapters
 from inlay.engine.host import Inlays, hosts
 from inlay.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from inlay.engine.adapters import Adapters
 
 Merged = dict[str, dict[str, Tensor | None]]
 
