@@ -534,3 +534,14 @@ def test_what_has_no_form_in_a_file_is_said_before_anything_is_written(tmp_path:
     with pytest.raises(UnsupportedError, match="callable as targets"):
         inlay.save(net, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_module_that_peft_would_save_by_its_ending_makes_it_no_peft_file(tmp_path: Path) -> None:
+    model = tiny.build("distilbert", "sequence")
+    inlay.attach(model, inlay.LoRA(r=2), modules_to_save=["classifier"])
+    inlay.save(model, tmp_path / "part")
+    assert json.loads((tmp_path / "part" / "adapter_config.json").read_text())["peft_type"] == "INLAY"
+    inlay.detach(model)
+    inlay.attach(model, inlay.LoRA(r=2))
+    inlay.save(model, tmp_path / "both")
+    assert json.loads((tmp_path / "both" / "adapter_config.json").read_text())["peft_type"] == "LORA"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from inlay.engine.piece import Method, Piece, trainable_dtype
 from inlay.engine.sites import Site, SiteIndex
+from inlay.engine.structure import ancestors
 from inlay.errors import TargetError, UnsupportedError, did_you_mean
 
 
@@ -96,6 +97,11 @@ class ModulesToSave(CopyMethod):
         return found
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
+        # peft takes every module whose name ends so: `classifier` would bring DistilBERT's `pre_classifier` along.
+        saved = {above for site in sites for above in ancestors(site.path)}
+        for path, module in index.model.named_modules():
+            if path.endswith(self.modules) and path not in saved and any(True for _ in module.parameters()):
+                raise UnsupportedError(f"HF peft would save {path} too, which this adapter leaves alone")
         return {"modules_to_save": list(self.modules) or None}
 
     @classmethod
