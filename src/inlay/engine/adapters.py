@@ -11,16 +11,21 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 
+if TYPE_CHECKING:
+    from inlay.engine.bank import Bank
+
 from inlay.engine.controller import Controller
-from inlay.engine.host import RESERVED, State, close_host, hosts, inlays_of, open_host, refresh_class
+from inlay.engine.host import RESERVED, State, close_host, inlays_of, open_host, refresh_class
 from inlay.engine.merging import merged_parameters, swap
 from inlay.engine.piece import Method, Piece
 from inlay.engine.roles import new_heads
 from inlay.engine.sites import Site, SiteIndex, is_conv1d
 from inlay.engine.trained_copy import ModulesToSave
+from inlay.engine.walk import modules
 from inlay.errors import AdapterError, ConfigError, did_you_mean
 
 ATTRIBUTE = "_inlay"
@@ -45,8 +50,8 @@ class Adapter:
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapter's parameters, each once."""
-        found = {id(p): p for _, piece in self.pieces() for p in piece.parameters()}
-        return list(found.values())
+        found = (p for _, piece in self.pieces() for module in piece.modules() for p in module._parameters.values())
+        return list({id(parameter): parameter for parameter in found if parameter is not None}.values())
 
 
 class Adapters:
@@ -58,6 +63,13 @@ class Adapters:
         self.required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.originals: dict[str, dict[str, nn.Parameter | None]] = {}
         """While merged: by host path, the base's own parameters, to be put back by `unmerge`."""
+        self.banks: dict[tuple[str, ...], Bank] = {}
+        """Adapters that shared a call, by their names; forgotten when what is loaded changes."""
+
+    def forget_banks(self) -> None:
+        """What several adapters computed together no longer fits; a switchable model goes back to `active`."""
+        self.banks.clear()
+        self.state.bank = None
 
     def get(self, name: str) -> Adapter:
         """The adapter `name`; AdapterError when it is not loaded."""
@@ -66,14 +78,15 @@ class Adapters:
             raise AdapterError(f"no adapter {name!r} is loaded (loaded: {have}){did_you_mean(name, self.loaded)}")
         return self.loaded[name]
 
+    def active_pieces(self) -> Placed:
+        """Every (site, piece) of the active adapters, in the order of activation."""
+        return [placed for name in self.state.active for placed in self.loaded[name].pieces()]
+
 
 def find_adapters(model: nn.Module) -> Adapters | None:
     """The model's adapters, or None when nothing is attached; sees through wrappers such as DistributedDataParallel."""
-    for module in model.modules():
-        found = module.__dict__.get(ATTRIBUTE)
-        if isinstance(found, Adapters):
-            return found
-    return None
+    found = base_model(model).__dict__.get(ATTRIBUTE)
+    return found if isinstance(found, Adapters) else None
 
 
 def adapters_of(model: nn.Module) -> Adapters:
@@ -85,11 +98,8 @@ def adapters_of(model: nn.Module) -> Adapters:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The module that the adapters were attached to, inside any wrapper."""
-    for module in model.modules():
-        if ATTRIBUTE in module.__dict__:
-            return module
-    return model
+    """The module that the adapters were attached to, inside any wrapper; the model itself when nothing is attached."""
+    return next((m for _, m in modules(model) if isinstance(m.__dict__.get(ATTRIBUTE), Adapters)), model)
 
 
 # -- loaded ------------------------------------------------------------------------------------------------------------
@@ -111,13 +121,21 @@ def attach(
     Raises TargetError when a target matches nothing, AdapterError when the name is taken, ConfigError for a name or a
     field that cannot be used; then the model is as it was.
     """
-    adapters = find_adapters(model) or Adapters(model)
     model = base_model(model)
+    set_in(SiteIndex(model), methods, name, modules_to_save)
+    return model
+
+
+def set_in(
+    index: SiteIndex, methods: Method | Sequence[Method], name: str, modules_to_save: Sequence[str] | None
+) -> Adapter:
+    """`attach`, with the places of the base model found already; returns the new adapter."""
+    model = index.model
+    adapters = find_adapters(model) or Adapters(model)
     check_name(name, adapters)
     methods = [methods] if isinstance(methods, Method) else list(methods)
     if not methods:
         raise ConfigError("attach was given no method: pass one, such as inlay.LoRA(r=8), or a list of them")
-    index = SiteIndex(model)
     sites = [method.sites(index) for method in methods]
     placed = [method.build(model, found) for method, found in zip(methods, sites, strict=True)]
     _refuse_overlap(methods, placed)
@@ -128,11 +146,11 @@ def attach(
         methods.append(saved)
         placed.append(saved.build(model, heads))
     adapter = Adapter(name, tuple(methods), placed, [])
-    if not adapter.parameters():
+    if not any(True for _, piece in adapter.pieces() for _ in piece.parameters()):
         names = ", ".join(type(method).__name__ for method in methods)
         raise ConfigError(f"{names} has nothing to train in {type(model).__name__}")
     _insert(model, adapters, adapter)
-    return model
+    return adapter
 
 
 def check_name(name: str, adapters: Adapters) -> None:
@@ -165,22 +183,25 @@ def _heads(model: nn.Module, placed: Sequence[Placed]) -> list[str]:
 
 def _insert(model: nn.Module, adapters: Adapters, adapter: Adapter) -> None:
     model.__dict__.setdefault(ATTRIBUTE, adapters)
-    for parameter in model.parameters():
-        if not adapters.loaded:
-            parameter.requires_grad_(False)
+    if not adapters.loaded:
+        model.requires_grad_(False)
     for method, placed in zip(adapter.methods, adapter.placed, strict=True):
         keyed: dict[str, Piece] = {}
         for site, piece in placed:
             inlays = open_host(site.module, adapters.state, is_conv1d(site.module))
             inlays.insert(adapter.name, method.kind, piece, site.parameter)
-            inlays.train(site.module.training)
+            shelf, training = inlays.get_submodule(adapter.name), site.module.training
+            if any(module.training != training for module in shelf.modules()):
+                shelf.train(training)
             keyed[site.name] = piece
         controller = method.controller(keyed)
         if controller is not None:
             adapter.controllers.append(controller)
     for site, _ in adapter.pieces():
-        refresh_class(site.module)
+        if site.parameter is not None:
+            refresh_class(site.module)
     adapters.loaded[adapter.name] = adapter
+    adapters.forget_banks()
     adapters.state.active = (*adapters.state.active, adapter.name)
     for method, placed in zip(adapter.methods, adapter.placed, strict=True):
         method.on_attach(model, placed)
@@ -194,6 +215,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     model = base_model(model)
     names = list(adapters.loaded) if name is None else [adapters.get(name).name]
     unmerge(model)
+    adapters.forget_banks()
     for one in names:
         adapter = adapters.loaded.pop(one)
         adapters.state.active = tuple(active for active in adapters.state.active if active != one)
@@ -226,6 +248,8 @@ def activate(model: nn.Module, *names: str) -> None:
         raise AdapterError(f"activate was given an adapter twice: {list(wanted)}")
     if adapters.state.merged and wanted != adapters.state.active:
         raise AdapterError(f"adapters {list(adapters.state.merged)} are merged: call inlay.unmerge(model) first")
+    if adapters.state.bank is not None:
+        adapters.state.bank.weigh(dict.fromkeys(wanted, 1.0))
     adapters.state.active = wanted
 
 
@@ -280,18 +304,20 @@ def merge(model: nn.Module) -> nn.Module:
     anything is changed, when an active adapter holds a piece that is not a change of the weights.
     """
     adapters = adapters_of(model)
-    if adapters.state.merged:
-        return model
-    swap(base_model(model), adapters, merged_parameters(base_model(model), adapters))
-    adapters.state.merged = adapters.state.active
+    if adapters.state.bank is not None:
+        raise AdapterError(
+            "several adapters share this model's calls: leave per_row, or switchable(model, False), first"
+        )
+    if not adapters.state.merged:
+        swap(adapters, merged_parameters(adapters))
+        adapters.state.merged = adapters.state.active
     return model
 
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Put back the parameters that `merge` set aside: the same tensors, so the same bits."""
     adapters = adapters_of(model)
-    for path, module, _ in hosts(base_model(model)):
-        for name, parameter in adapters.originals.pop(path, {}).items():
-            module._parameters[name] = parameter
+    for site, _ in adapters.active_pieces():
+        site.module._parameters.update(adapters.originals.pop(site.path, {}))
     adapters.state.merged = ()
     return model

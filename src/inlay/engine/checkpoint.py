@@ -51,7 +51,7 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
     adapter = engine.adapters_of(model).get(name)
     model = engine.base_model(model)
     index = SiteIndex(model)
-    peft = peft_config(adapter, index, model)
+    peft = peft_config(adapter, index)
     tensors, extra = _tensors(adapter, plain=peft is not None)
     tensors = tensors if peft is None else as_peft_writes(tensors)
     pairs = zip(adapter.methods, adapter.placed, strict=True)
@@ -83,7 +83,7 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
     return folder
 
 
-def peft_config(adapter: engine.Adapter, index: SiteIndex, model: nn.Module) -> dict[str, Any] | None:
+def peft_config(adapter: engine.Adapter, index: SiteIndex) -> dict[str, Any] | None:
     """The fields of peft's config for this adapter, or None when peft has no such adapter.
 
     One method that peft has, with the heads and token rows that peft keeps inside the same file.
@@ -97,7 +97,7 @@ def peft_config(adapter: engine.Adapter, index: SiteIndex, model: nn.Module) -> 
     config: dict[str, Any] = {
         "peft_type": main[0].peft_type,
         "peft_version": PEFT_VERSION,
-        "task_type": task_type(model),
+        "task_type": task_type(index.model),
         "revision": None,
     }
     for method, placed in pairs:
@@ -224,24 +224,24 @@ def load(
         raise CheckpointError(f"{folder}: {files.CONFIG} and the tensors come from two saves; save it again")
     before = engine.find_adapters(model)
     active = before.state.active if before else ()
-    base = engine.base_model(model)
+    index = SiteIndex(engine.base_model(model))
     with _blaming(folder):
         if own.get("base") and strict:
-            compare(own["base"], base)
+            compare(own["base"], index.model)
         if config.get("peft_type") != "INLAY":
-            tensors, brought = brought_parameters(prefixed(tensors), base, saved, config)
+            tensors, brought = brought_parameters(prefixed(tensors), index.model, saved, config)
             saved = (*_present(saved, tensors, own), *brought)
-            methods = methods if own else [_without_idle_overrides(method, base) for method in methods]
-        _attach(model, methods, name, saved, config, folder)
+            methods = methods if own else [_without_idle_overrides(method, index) for method in methods]
+        adapter = _attach(index, methods, name, saved, config, folder)
         try:
-            _fill(base, engine.adapters_of(model).get(name), tensors, extra, config, folder)
+            _fill(index, adapter, tensors, extra, config, folder)
         except BaseException:
             engine.detach(model, name)
             raise
     if before and len(before.loaded) > 1:
         engine.activate(model, *active)
     if not trainable:
-        for parameter in engine.adapters_of(model).get(name).parameters():
+        for parameter in adapter.parameters():
             parameter.requires_grad_(False)
     return model
 
@@ -261,24 +261,24 @@ def _blaming(folder: Path) -> Iterator[None]:
 
 
 def _attach(
-    model: nn.Module,
+    index: SiteIndex,
     methods: Sequence[Method],
     name: str,
     saved: Sequence[str],
     config: Mapping[str, Any],
     folder: Path,
-) -> None:
+) -> engine.Adapter:
     """Attach what the config describes; places that are missing mean that it was made for another base."""
     token = LOADING.set(True)
     try:
-        engine.attach(model, methods, name, modules_to_save=saved)
+        return engine.set_in(index, methods, name, saved)
     except TargetError as error:
         if own_entry(config):
             raise
         made_for = config.get("base_model_name_or_path") or "a base it does not name"
         raise BaseModelError(
             f"{folder} adapts target_modules={config.get('target_modules')!r} of {made_for}, which "
-            f"{type(engine.base_model(model)).__name__} does not have: load it on the base it was made for"
+            f"{type(index.model).__name__} does not have: load it on the base it was made for"
         ) from error
     finally:
         LOADING.reset(token)
@@ -331,17 +331,17 @@ def _present(saved: Sequence[str], tensors: Mapping[str, Tensor], own: Mapping[s
     return [name for name in saved if own or any(f".{name}." in f".{key}" for key in tensors)]
 
 
-def _without_idle_overrides(method: Method, base: nn.Module) -> Method:
+def _without_idle_overrides(method: Method, index: SiteIndex) -> Method:
     """peft allows patterns that match nothing."""
     if not method.overrides:
         return method
-    sites = method.sites(SiteIndex(base))
+    sites = method.sites(index)
     used = {pattern: fields for pattern, fields in method.overrides.items() if any(s.matches(pattern) for s in sites)}
     return method.replace(overrides=used)
 
 
 def _fill(
-    base: nn.Module,
+    index: SiteIndex,
     adapter: engine.Adapter,
     tensors: dict[str, Tensor],
     extra: dict[str, Tensor],
@@ -370,7 +370,7 @@ def _fill(
             f"{did_you_mean(key, found)}"
         )
     if plain and own_entry(config):
-        _same_twice(config, peft_config(adapter, SiteIndex(base), base) or {}, folder)
+        _same_twice(config, peft_config(adapter, index) or {}, folder)
 
 
 def _same_twice(config: Mapping[str, Any], meant: Mapping[str, Any], folder: Path) -> None:
@@ -389,4 +389,3 @@ def _numbered(tensors: dict[str, Tensor], number: int) -> dict[str, Tensor]:
     """Take out the tensors that belong to one method."""
     prefix = f"{number}."
     return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
-

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.engine.adapters import find_adapters
-from inlay.engine.host import CHILD
+from inlay.engine.structure import join
+from inlay.engine.walk import modules
 from inlay.errors import BaseModelError
 
 CONFIG_FACTS = (
@@ -27,7 +28,11 @@ def fingerprint(model: nn.Module, leave_out: frozenset[str] = frozenset()) -> di
     `leave_out` names parameters that are not the base's business (new heads that the adapter brings along). A quantised
     base packs its weights, so its shapes say nothing (`shapes` is None).
     """
-    parameters = {name: value for name, value in base_parameters(model).items() if name not in leave_out}
+    return _fingerprint(model, base_parameters(model), leave_out)
+
+
+def _fingerprint(model: nn.Module, parameters: Mapping[str, Tensor], leave_out: frozenset[str]) -> dict[str, Any]:
+    parameters = {name: value for name, value in parameters.items() if name not in leave_out}
     shapes = "\n".join(f"{name} {tuple(parameter.shape)}" for name, parameter in sorted(parameters.items()))
     packed = any(not parameter.is_floating_point() for parameter in parameters.values())
     config = getattr(model, "config", None)
@@ -46,15 +51,14 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The base's own parameters by name, whatever is attached to it or merged into it."""
     adapters = find_adapters(model)
     merged = adapters.originals if adapters else {}
-    parameters: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, parameter in model.named_parameters():
-        path, _, last = name.rpartition(".")
-        own = merged.get(path, {}).get(last, parameter)
-        if CHILD not in name.split(".") and own is not None and id(own) not in seen:
-            seen.add(id(own))
-            parameters[name] = own
-    return parameters
+    parameters: dict[int, tuple[str, Tensor]] = {}  # by identity: one that is tied counts once
+    for path, module in modules(model):
+        before = merged.get(path, {})
+        for name, parameter in module._parameters.items():
+            own = before.get(name, parameter)
+            if own is not None:
+                parameters.setdefault(id(own), (join(path, name), own))
+    return dict(parameters.values())
 
 
 def _chosen(parameters: Mapping[str, Tensor]) -> list[str]:
@@ -76,8 +80,8 @@ def _sample(parameter: Tensor) -> list[float]:
 
 def compare(stored: Mapping[str, Any], model: nn.Module) -> None:
     """Raise BaseModelError saying what differs between the model a file was made for and this one."""
-    found = fingerprint(model, frozenset(stored["without"]))
     here = base_parameters(model)
+    found = _fingerprint(model, here, frozenset(stored["without"]))
     differences = [
         f"{fact} is {found['config'].get(fact)!r} here, {value!r} there"
         for fact, value in stored["config"].items()

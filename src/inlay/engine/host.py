@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from inlay.engine.linear import Linear, plain_linear
 from inlay.engine.piece import Piece
+
+if TYPE_CHECKING:
+    from inlay.engine.bank import Bank
 
 CHILD = "inlays"
 """The name of the child that holds a host's pieces: `host.inlays.<adapter>.<piece>`."""
@@ -29,11 +33,15 @@ class State:
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
+        self.bank: Bank | None = None
+        """While several adapters share each call: who decides, instead of `active`, what runs where."""
 
     @property
-    def running(self) -> tuple[str, ...]:
+    def running(self) -> tuple[str, ...] | Bank:
         """The adapters whose pieces run: those active, unless their effect is in the weights already."""
-        return () if self.merged else self.active
+        if self.merged:
+            return ()
+        return self.active if self.bank is None else self.bank
 
 
 class Inner:
@@ -52,6 +60,12 @@ class Inner:
                 return self.inlays.own_forward(*args, **kwargs)
             return self.base(self.inlays.host, *args, **kwargs)
         return self.piece(self.inner, *args, **kwargs)
+
+    def linear(self) -> Linear | None:
+        """This part of the onion as a linear, when it is nothing else: a kernel may compute it along with more."""
+        if self.piece is not None or self.inlays.own_forward is not None:
+            return None
+        return plain_linear(self.inlays)
 
     @property
     def module(self) -> nn.Module:
@@ -81,7 +95,7 @@ class Inlays(nn.Module):
     """The pieces of one host: `inlays.<adapter>` is a ModuleDict of pieces, whichever adapter is active."""
 
     host: nn.Module
-    _seen: tuple[str, ...] | None
+    _seen: tuple[str, ...] | Bank | None
     _onion: Inner | None
     _values: dict[str, tuple[Piece, ...]]
     _computed: tuple[str, ...]
@@ -127,6 +141,11 @@ class Inlays(nn.Module):
                 for piece in shelf.children():
                     if isinstance(piece, Piece) and piece.parameter == parameter:
                         yield piece
+
+    def all_pieces(self, adapter: str) -> Iterator[Piece]:
+        """The pieces of one adapter, on the call and on parameters."""
+        shelf = self._modules.get(adapter)
+        return (piece for piece in shelf.children() if isinstance(piece, Piece)) if shelf is not None else iter(())
 
     def parameters_touched(self) -> frozenset[str]:
         """Names of the host's parameters that some loaded piece, active or not, stands for."""
@@ -176,16 +195,19 @@ class Inlays(nn.Module):
             return
         base = base_class(type(self.host)).forward
         onion = Inner(self, base, None, None)
-        for piece in self.pieces(running, None):
+        together = None if isinstance(running, tuple) else running.piece(self)
+        names = running if isinstance(running, tuple) else ()
+        for piece in self.pieces(names, None) if together is None else (together,):
             onion = Inner(self, base, piece, onion)
-        values = {name: tuple(self.pieces(running, name)) for name in self.parameters_touched()}
+        values = {name: tuple(self.pieces(names, name)) for name in self.parameters_touched()}
         self._onion = onion
         self._values = {name: pieces for name, pieces in values.items() if pieces}
         self._computed = tuple(name for name, pieces in self._values.items() if not all(p.stored for p in pieces))
         self._seen = running
 
     def _forget(self) -> None:
-        self._seen, self._onion, self._values, self._computed = None, None, {}, ()
+        # Not by assignment: a module asks of every value whether it is a parameter, a buffer or a module.
+        self.__dict__.update(_seen=None, _onion=None, _values={}, _computed=())
 
     # -- life outside the call -----------------------------------------------------------------------------------------
 
@@ -289,7 +311,7 @@ def open_host(module: nn.Module, state: State, transposed: bool) -> Inlays:
     inlays = inlays_of(module)
     if inlays is None:
         inlays = Inlays(module, state, transposed)
-        inlays.train(module.training)
+        inlays.__dict__["training"] = module.training
         module.add_module(CHILD, inlays)
         refresh_class(module)
     return inlays

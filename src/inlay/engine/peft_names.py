@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from inlay.engine.host import CHILD
+from inlay.engine.walk import modules as modules_of
 from inlay.errors import BaseModelError, ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def peft_targets(sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
     """
     _whole_attentions(sites)
     modules = {site.owner or site.path for site in sites if site.owner is not None or site.parameter is None}
-    everything = [path for path, _ in index.model.named_modules() if "inlays" not in path.split(".")]
+    everything = [path for path, _ in modules_of(index.model)]
     names = shortest_names(modules, everything)
     if ambiguous(names, modules, everything):
         fields: dict[str, Any] = {"target_modules": "|".join(re.escape(path) for path in sorted(modules))}
@@ -214,14 +216,13 @@ def brought_parameters(
     Such are embeddings, which peft adds when they are adapted or were resized, and modules whose name merely ends in
     one of modules_to_save. What the base has already is dropped; the rest is to be loaded as trained copies.
     """
-    own = {name: p for name, p in base.named_parameters(remove_duplicate=False) if "inlays" not in name.split(".")}
     rest: dict[str, Tensor] = {}
     modules: list[str] = []
     for key, tensor in tensors.items():
         if ".original_module." in key or ".modules_to_save." in key:  # with bias="all", peft writes its own copies too
             continue
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        parameter, path = own.get(name), name.rpartition(".")[0]
+        parameter, path = _own_parameter(base, name), name.rpartition(".")[0]
         named = any(f".{one}." in f".{name}" for one in saved)
         if parameter is None or named or (name.endswith("bias") and config.get("bias", "none") != "none"):
             rest[key] = tensor
@@ -236,3 +237,12 @@ def brought_parameters(
             rest[f"{PREFIX}{name}"] = tensor
             modules += [path] if path not in modules else []
     return rest, modules
+
+
+def _own_parameter(base: nn.Module, name: str) -> Tensor | None:
+    """The base's own parameter of this name, or None."""
+    *path, last = name.split(".")
+    module: nn.Module | None = base
+    for child in path:
+        module = module._modules.get(child) if module is not None and child != CHILD else None
+    return None if module is None else module._parameters.get(last)

@@ -18,6 +18,7 @@ from inlay.errors import CheckpointError, ConfigError, TargetError, UnsupportedE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from inlay.engine.bank import Bank
     from inlay.engine.controller import Controller
     from inlay.engine.sites import Site, SiteIndex, Targets
 
@@ -57,6 +58,11 @@ class Piece(nn.Module):
     def mergeable(self) -> bool:
         """Whether `weight` is defined."""
         return type(self).weight is not Piece.weight
+
+    @classmethod
+    def together(cls, pieces: Mapping[int, Piece], bank: Bank) -> Piece | None:
+        """One piece that computes what these would, of several adapters by their number in the bank; None: it cannot."""
+        return None
 
     def file_tensors(self) -> dict[str, Tensor]:
         """This piece's tensors by their name in a checkpoint file, after the path of the host (see `Method.export`)."""

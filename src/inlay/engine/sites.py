@@ -16,6 +16,7 @@ or a callable (site) -> bool. Every item must match, or it is a TargetError.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.engine.host import CHILD
 from inlay.engine.roles import ALIASES, ROLES, known_role
 from inlay.engine.structure import Place, Structure, ancestors, join
-from inlay.engine.targets import compile_regex, layer_indices, split_items
+from inlay.engine.targets import by_name, by_role, layer_indices, split_items
+from inlay.engine.walk import modules
 from inlay.errors import TargetError, UnsupportedError, did_you_mean
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -34,7 +37,7 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 # nn.RNNBase reads a flat copy of its weights and parametrised modules recompute theirs, so replacing what an attribute
 # reads would change nothing there.
 OPAQUE = (nn.RNNBase, nn.utils.parametrize.ParametrizationList)
-HIDDEN = ("inlays", "parametrizations")
+HIDDEN = (CHILD, "parametrizations")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,25 +127,7 @@ class Site:
 
     def matches(self, pattern: str) -> bool:
         """Whether one item of the grammar fits; a known role counts by role and by name."""
-        return self._by_role(pattern) or self._by_name(pattern)
-
-    def _by_role(self, item: str) -> bool:
-        if item == "all-linear":
-            linear = self.kind == "linear" or (self.kind == "parameter" and self.owner is not None)
-            return linear and "head" not in self.roles
-        role = known_role(item.removeprefix("role:"))
-        return role is not None and role in self.roles
-
-    def _by_name(self, item: str) -> bool:
-        if item.startswith("role:") or item == "all-linear":
-            return False
-        if item.startswith("re:"):
-            return compile_regex(item).fullmatch(self.name) is not None
-        wanted = item.removeprefix("name:")
-        names = [self.name]
-        if self.owner is not None:  # an attention's own path stands for its projections
-            names += [self.path, self.owner]
-        return any(name == wanted or name.endswith("." + wanted) for name in names)
+        return by_role(pattern)(self) or by_name(pattern)(self)
 
     def _features(self) -> tuple[int, int]:
         module: Any = self.module
@@ -203,10 +188,10 @@ class SiteIndex:
 
         A parameter that is tied appears at each of its places; compare `site.weight` by identity to tell.
         """
-        modules = {site.path: site for site in self.sites if site.parameter is None}
+        places = {site.path: site for site in self.sites if site.parameter is None}
         sites = []
-        for path, module in _modules(self.model, hidden=("inlays",)):
-            above = modules.get(path)
+        for path, module in modules(self.model):
+            above = places.get(path)
             # A layer's own parameters play the layer's role; those of other modules are read by their names.
             leaf = above is not None and above.kind in ("linear", "conv", "embedding", "norm")
             for name, parameter in module._parameters.items():
@@ -279,8 +264,8 @@ class SiteIndex:
         self, item: str, candidates: list[Site], hosts: frozenset[str] | None, what: str, field: str
     ) -> list[Site]:
         """What one item matches: read as a role first, then as a name."""
-        for reads in (Site._by_role, Site._by_name):
-            if found := [site for site in candidates if reads(site, item)]:
+        for fits in (by_role(item), by_name(item)):
+            if found := [site for site in candidates if fits(site)]:
                 return found
         others = [site for site in self.sites if site.matches(item)]
         if others and hosts is not None:
@@ -334,8 +319,13 @@ class SiteIndex:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether the module is transformers' Conv1D, a linear whose weight is stored (in, out)."""
+    return _is_conv1d_class(type(module))  # type: ignore[arg-type]  # (classes hash; nn.Module's stub says otherwise)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_conv1d_class(cls: type) -> bool:
     # By name, so that a plain torch user need not import transformers.
-    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in cls.__mro__)
 
 
 def kind_of(module: nn.Module) -> str:
@@ -356,17 +346,10 @@ def kind_of(module: nn.Module) -> str:
     return "module"
 
 
-def _modules(model: nn.Module, hidden: tuple[str, ...] = HIDDEN) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` without the insides of `hidden` children."""
-    for path, module in model.named_modules():
-        if not any(part in hidden for part in path.split(".")):
-            yield path, module
-
-
 def _places(model: nn.Module) -> Iterator[Place]:
     """Every module, each followed by those of its parameters that are places too."""
     projections: set[str] = set()
-    for path, module in _modules(model):
+    for path, module in modules(model, HIDDEN):
         # nn.MultiheadAttention reads out_proj's weight and never calls it: a parameter site, not a linear one.
         if path in projections:
             yield Place(path, module, "parameter", "weight")

@@ -7,6 +7,7 @@ attention, the entries of its outermost containers that repeat one class. A laye
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,15 @@ class Place(NamedTuple):
     def name(self) -> str:
         """The path, with the parameter's name where there is one."""
         return join(self.path, self.parameter) if self.parameter else self.path
+
+
+class Around(NamedTuple):
+    """The innermost block, attention, sub-layer of an attention, and head that a path is or lies in."""
+
+    block: str | None
+    attention: str | None
+    shell: str | None
+    head: str | None
 
 
 class Reading(NamedTuple):
@@ -63,6 +73,22 @@ def ancestors(path: str) -> Iterator[str]:
     yield ""
 
 
+@functools.lru_cache(maxsize=1024)
+def attends(names: tuple[str, ...], said: bool) -> bool:
+    """Whether projections of these names make an attention; `said`: the class of what holds them says that it is one.
+
+    Remembered, since the blocks of a model ask the same again and again.
+    """
+
+    def holds(pattern: str) -> bool:
+        return any(re.fullmatch(pattern, name) for name in names)
+
+    if holds(tables.LATENT) or holds(tables.FUSED) or (said and holds(tables.FUSED_IN_ATTENTION)):
+        return True
+    queries = holds(tables.QUERY) or holds(tables.LATENT_QUERY)
+    return queries and (holds(tables.KEY_VALUE) or (holds(tables.KEY) and holds(tables.VALUE)))
+
+
 class Structure:
     """Where a model's blocks, attentions and heads are; gives each place its address and reads the tables."""
 
@@ -80,13 +106,17 @@ class Structure:
                 self.weights.setdefault(above, []).append(tail)
         self.heads = tables.heads(model)
         self.attentions = {path for path in self.modules if self.is_attention(path)}
-        self.held = Counter(above for path, names in self.weights.items() for above in ancestors(path) for _ in names)
+        self.held: Counter[str] = Counter()  # weights below each path
+        for path, names in self.weights.items():
+            self.held.update(dict.fromkeys(ancestors(path), len(names)))
         self.attending = Counter(above for path in self.attentions for above in ancestors(path))
         self.blocks: dict[str, tuple[int, int]] = {}  # path -> (layer, depth)
         self.find_blocks()
         self.shells = {self.shell(path): path for path in self.attentions}
+        self.surroundings: dict[str, Around] = {}  # what `around` has found
+        self.fits: dict[tuple[int, str, tuple[str, ...]], frozenset[str]] = {}  # what `match` has found
         self.crosses = {path for path in self.attentions if self.is_cross(path)}
-        self.attentive = {self.block(path) or "" for path in self.attentions}
+        self.attentive = {self.around(path).block or "" for path in self.attentions}
         self.norm_first: dict[str, tuple[bool | None, bool]] = {}
 
     # -- attentions, blocks ------------------------------------------------------------------------------------------
@@ -95,17 +125,8 @@ class Structure:
         """Whether the module at `path` directly holds query, key and value projections."""
         if self.kinds.get(path) == "attention":
             return True
-        names = self.weights.get(path, [])
-
-        def holds(pattern: str) -> bool:
-            return any(re.fullmatch(pattern, name) for name in names)
-
-        if holds(tables.LATENT) or holds(tables.FUSED):
-            return True
-        if holds(tables.FUSED_IN_ATTENTION) and "Attention" in type(self.modules[path]).__name__:
-            return True
-        queries = holds(tables.QUERY) or holds(tables.LATENT_QUERY)
-        return queries and (holds(tables.KEY_VALUE) or (holds(tables.KEY) and holds(tables.VALUE)))
+        names = tuple(self.weights.get(path, ()))
+        return bool(names) and attends(names, "Attention" in type(self.modules[path]).__name__)
 
     def entries(self, path: str) -> Iterator[str]:
         """Numbered entries of containers at or above `path`, innermost first."""
@@ -138,9 +159,10 @@ class Structure:
             uniform = [path for path in self.modules if self.is_container(path) and self.is_uniform(path)]
             stacks = {p: None for p in uniform if not any(above in uniform for above in ancestors(parent(p)) if p)}
         groups: dict[str, list[str]] = {}
+        is_uniform = functools.cache(self.is_uniform)  # every entry of a container asks the same
         for path in self.modules:
             if parent(path) in stacks and path.rpartition(".")[2].isdigit():
-                outer = [parent(entry) for entry in self.entries(path) if self.is_uniform(parent(entry))]
+                outer = [parent(entry) for entry in self.entries(path) if is_uniform(parent(entry))]
                 groups.setdefault(outer[-1] if outer else parent(path), []).append(path)
         for blocks in groups.values():
             for layer, path in enumerate(blocks):
@@ -159,26 +181,33 @@ class Structure:
 
     def is_cross(self, path: str) -> bool:
         """Whether an attention is named as one that looks at another sequence."""
-        block = self.block(path)
+        block = self.around(path).block
         local = path[len(block) :] if block else path
         beside = self.children.get(parent(path), [])
         return bool(tables.CROSS.search(local)) or (local.endswith("multihead_attn") and "self_attn" in beside)
 
-    def block(self, path: str) -> str | None:
-        """The block that a path lies in."""
-        return next((above for above in ancestors(path) if above in self.blocks), None)
+    def around(self, path: str) -> Around:
+        """What a path lies in: what the path above lies in, unless it is one of these itself."""
+        found = self.surroundings.get(path)
+        if found is None:
+            block, attention, shell, head = self.around(parent(path)) if path else (None, None, None, None)
+            found = self.surroundings[path] = Around(
+                path if path in self.blocks else block,
+                path if path in self.attentions else attention,
+                path if path in self.shells else shell,
+                path if path in self.heads else head,
+            )
+        return found
 
     # -- addresses ---------------------------------------------------------------------------------------------------
 
     def address(self, name: str) -> tuple[str, str | None]:
         """(the name with its structure written in, the attention whose sub-layer it is in)."""
         name = unwrapped(name)
-        block = self.block(name)
+        block, attention, shell, _ = self.around(name)
         prefix = "" if self.blocks and block is None else "#"
-        attention = next((above for above in ancestors(name) if above in self.attentions), None)
-        shell = next((above for above in ancestors(name) if above in self.shells), None)
         if attention is not None:
-            inner, start = "@" if self.shell(attention) == attention else "~.@", attention
+            inner, start = "@" if attention in self.shells else "~.@", attention
         elif shell is not None:
             inner, start, attention = "~", shell, self.shells[shell]
         else:
@@ -188,20 +217,22 @@ class Structure:
 
     def match(self, table: Sequence[Rule], address: str, path: str) -> frozenset[str]:
         """The roles of the first row that fits."""
-        beside = self.children.get(parent(path), []) + self.weights.get(parent(path), [])
-        for row in table:
-            if row.pattern.search(address) and (row.beside is None or any(map(row.beside.match, beside))):
-                return row.roles
-        return frozenset()
+        above = parent(path)
+        beside = (*self.children.get(above, ()), *self.weights.get(above, ()))
+        key = (id(table), address, beside)  # alike in every block
+        if key not in self.fits:
+            rows = (row for row in table if row.pattern.search(address))
+            fitting = (row.roles for row in rows if row.beside is None or any(map(row.beside.match, beside)))
+            self.fits[key] = next(fitting, frozenset())
+        return self.fits[key]
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def read(self, place: Place) -> Reading:
         """Everything the tables say of one place."""
-        block = self.block(place.path)
+        block, _, _, head = self.around(place.path)
         layer, depth = self.blocks[block] if block is not None else (None, None)
         address, attention = self.address(place.name)
-        head = next((above for above in ancestors(place.path) if above in self.heads), None)
         container = place.kind == "module"
         roles: set[str] = set()
         if attention in self.crosses and (not container or place.path in (attention, self.shell(attention))):
@@ -246,7 +277,7 @@ class Structure:
 
     def norm_roles(self, place: Place, address: str) -> set[str]:
         """Roles of a normalisation besides "norm"."""
-        block = self.block(place.path) or ""
+        block = self.around(place.path).block or ""
         if block not in self.attentive:  # such names mean something else where there is no attention
             return set()
         roles = set(self.match(tables.NORMS, address, place.path))

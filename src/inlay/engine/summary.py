@@ -48,9 +48,7 @@ class Summary:
         ]
         share = self.trainable_parameters / self.total_parameters if self.total_parameters else 0.0
         lines.append(f"active: {', '.join(self.active) or 'none (the base model)'}")
-        lines.append(
-            f"trainable: {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.3%})"
-        )
+        lines.append(f"trainable: {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.3%})")
         return "\n".join(lines)
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
+from inlay.engine.roles import known_role
 from inlay.errors import TargetError
+
+if TYPE_CHECKING:
+    from inlay.engine.sites import Site
 
 
 def split_items(targets: str | Sequence[str]) -> list[str]:
@@ -31,6 +35,38 @@ def compile_regex(item: str) -> re.Pattern[str]:
         return re.compile(item.removeprefix("re:"))
     except re.error as error:
         raise TargetError(f"target {item!r} is not a regular expression: {error}") from error
+
+
+def by_role(item: str) -> Callable[[Site], bool]:
+    """Whether a site plays the role that an item names, or is one of all linears."""
+    if item == "all-linear":
+        return _in_all_linear
+    role = known_role(item.removeprefix("role:"))
+    return lambda site: role in site.roles
+
+
+def _in_all_linear(site: Site) -> bool:
+    linear = site.kind == "linear" or (site.kind == "parameter" and site.owner is not None)
+    return linear and "head" not in site.roles
+
+
+def by_name(item: str) -> Callable[[Site], bool]:
+    """Whether a site's whole name, or its end after a dot, is an item; or its whole name fits a "re:…" item."""
+    if item.startswith("role:") or item == "all-linear":
+        return lambda site: False
+    if item.startswith("re:"):
+        pattern = compile_regex(item)
+        return lambda site: pattern.fullmatch(site.name) is not None
+    whole = item.removeprefix("name:")
+    end = f".{whole}"
+
+    def fits(site: Site) -> bool:
+        names = [site.name]
+        if site.owner is not None:  # an attention's own path stands for its projections
+            names += [site.path, site.owner]
+        return any(name == whole or name.endswith(end) for name in names)
+
+    return fits
 
 
 def layer_indices(layers: Any) -> list[int]:

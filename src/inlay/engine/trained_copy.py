@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from inlay.engine.piece import Method, Piece, trainable_dtype
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.structure import ancestors
+from inlay.engine.walk import modules
 from inlay.errors import TargetError, UnsupportedError, did_you_mean
 
 
@@ -83,15 +84,15 @@ class ModulesToSave(CopyMethod):
     """Names as in targets: a path, or its last components."""
 
     def sites(self, index: SiteIndex) -> list[Site]:
-        parameters = index.parameters()
+        parameters = index.parameters() if self.modules else []
         found: list[Site] = []
         for name in self.modules:
             matched = [site for site in parameters if _inside(site.path, name)]
             if not matched:
-                modules = {path for path, _ in index.model.named_modules() if path}
+                paths = {path for path, _ in modules(index.model) if path}
                 raise TargetError(
                     f"modules_to_save={name!r} matches no module with parameters in {type(index.model).__name__}"
-                    f"{did_you_mean(name, modules | {path.rpartition('.')[2] for path in modules})}"
+                    f"{did_you_mean(name, paths | {path.rpartition('.')[2] for path in paths})}"
                 )
             found += [site for site in matched if site not in found]
         return found
@@ -99,7 +100,7 @@ class ModulesToSave(CopyMethod):
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
         # peft takes every module whose name ends so: `classifier` would bring DistilBERT's `pre_classifier` along.
         saved = {above for site in sites for above in ancestors(site.path)}
-        for path, module in index.model.named_modules():
+        for path, module in modules(index.model):
             if path.endswith(self.modules) and path not in saved and any(True for _ in module.parameters()):
                 raise UnsupportedError(f"HF peft would save {path} too, which this adapter leaves alone")
         return {"modules_to_save": list(self.modules) or None}

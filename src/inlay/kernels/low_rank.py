@@ -21,9 +21,14 @@ from torch import Tensor, nn
 CONVOLUTIONS: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
-def linear(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(x Aᵀ) Bᵀ for x (…, in): (…, out), in the dtype of x."""
-    return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def linear(
+    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, gate: Tensor | None = None
+) -> Tensor:
+    """(g ⊙ x Aᵀ) Bᵀ for x (rows, …, in): (rows, …, out), in the dtype of x; the gate g is (rows or 1, r)."""
+    h = F.linear(x, a.to(x.dtype))
+    if gate is not None:
+        h = h * gate.to(x.dtype).view(-1, *[1] * (h.dim() - 2), h.shape[-1])
+    return F.linear(h, b.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def embedding(ids: Tensor, a: Tensor, b: Tensor, host: nn.Embedding) -> Tensor:

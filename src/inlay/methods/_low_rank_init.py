@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inlay.engine.checkpoint import LOADING
 from inlay.engine.piece import trainable_dtype
@@ -33,25 +33,25 @@ def factor_shapes(r: int, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]
     return (r, site.in_features), (site.out_features, r)
 
 
-@torch.no_grad()
 def initial_factors(r: int, init: str, site: Site, scale: float) -> tuple[Tensor, Tensor, bool]:
-    """A and B, and whether their product must be kept and subtracted because it is not zero."""
+    """A and B, and whether their product must be kept and subtracted because it is not zero.
+
+    "kaiming" draws A uniformly from ±1/√in and leaves B zero; for tables A is zero and B from N(0, 1). So does HF peft.
+    """
     shape_a, shape_b = factor_shapes(r, site)
-    dtype, device = trainable_dtype(site.dtype), site.device
-    a = torch.zeros(shape_a, dtype=dtype, device=device)
+    dtype, device = trainable_dtype(site.weight.dtype), site.weight.device
+    a = torch.empty(shape_a, dtype=dtype, device=device)
+    if LOADING.get():  # a file is about to fill them
+        return a, torch.empty(shape_b, dtype=dtype, device=device), init in ("olora", "pissa")
     b = torch.zeros(shape_b, dtype=dtype, device=device)
-    if LOADING.get():
-        return a, b, init in ("olora", "pissa")  # a file is about to fill them
+    if init == "kaiming" and site.kind != "embedding":
+        bound = 1 / math.sqrt(a[0].numel())
+        return a.uniform_(-bound, bound), b, False
+    a.zero_()
     if init == "random":
-        a.normal_(std=0.1)
-        b.normal_(std=0.1)
-        return a, b, False
+        return a.normal_(std=0.1), b.normal_(std=0.1), False
     if init == "kaiming":
-        if site.kind == "embedding":
-            b.normal_()
-        else:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        return a, b, False
+        return a, b.normal_(), False
     if init == "gaussian":
         (b if site.kind == "embedding" else a).normal_(std=1 / r)
         return a, b, False

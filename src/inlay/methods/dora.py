@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.errors import UnsupportedError
+from inlay.kernels import dora as kernel
+from inlay.kernels.choice import fusible
 from inlay.methods.lora import LoRA, LoRAPiece
 
 
@@ -54,8 +56,15 @@ class DoRAPiece(LoRAPiece):
         super().__init__(method, site)
         weight = site.weight.detach()
         weight = weight.T if site.transposed else weight
-        # The same expression as in `factor`, so that m / ‖V‖ is exactly one at first.
-        self.magnitude = nn.Parameter(self.norm(weight.to(self.lora_A.dtype) + self.delta().detach()))
+        # The same expression as at each call, so that m / ‖V‖ is exactly one at first.
+        self.magnitude = nn.Parameter(self.norms(weight.to(self.lora_A.dtype) if not self.plain else weight))
+
+    @torch.no_grad()
+    def norms(self, weight: Tensor) -> Tensor:
+        """‖V‖ for each output."""
+        if self.plain and weight.dim() == 2:
+            return kernel.row_norms(weight, self.lora_A, self.lora_B, self.scale)
+        return self.norm(weight.to(self.lora_A.dtype) + self.delta())
 
     def norm(self, direction: Tensor) -> Tensor:
         """‖V‖ for each output: (out,) for linears, (1, out, 1…) for convolutions, (dim,) for embeddings."""
@@ -66,12 +75,16 @@ class DoRAPiece(LoRAPiece):
 
     def factor(self, inner: Any) -> Tensor:
         """m / ‖V‖, differentiable in m only; (out, 1…) for convolutions, whose input may lack the batch."""
-        with torch.no_grad():
-            norm = self.norm(inner.weight().to(self.magnitude.dtype) + self.delta())
-        factor: Tensor = self.magnitude / norm
+        factor: Tensor = self.magnitude / self.norms(inner.weight())
         return factor[0] if self.kind == "conv" else factor
 
     def forward(self, inner: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.plain and not args and not kwargs and fusible(x, self.lora_A, self.lora_B, self.magnitude):
+            base, p = inner.linear(), self.dropout if self.training else 0.0
+            if base is not None:
+                y = kernel.adapted(base, x, self.lora_A, self.lora_B, self.magnitude, self.scale, p)
+                if y is not None:
+                    return y
         y = inner(x, *args, **kwargs)
         change = self.scale * self.change(inner.module, x)
         factor, bias = self.factor(inner), inner.bias()

@@ -29,6 +29,7 @@ from inlay.engine.piece import Method, Piece, trainable_dtype
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.targets import split_items
 from inlay.errors import ConfigError, TargetError, UnsupportedError, did_you_mean
+from inlay.kernels.scaling import scaled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,9 @@ class IA3Piece(Piece):
     def act(self, x: Tensor) -> Tensor:
         """l ⊙ x or x + l, formed in the precision of l and rounded once."""
         l = self.ia3_l[0] if self.kind == "conv" else self.ia3_l.flatten()  # noqa: E741  (the paper's letter)
-        return (x + l if self.additive else x * l).to(x.dtype)
+        if self.additive or self.kind == "conv":
+            return (x + l if self.additive else x * l).to(x.dtype)
+        return scaled(x, l)
 
     @property
     def mergeable(self) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,13 @@ from inlay.engine.piece import Method, Piece, take
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import copies
 from inlay.errors import ConfigError, UnsupportedError
+from inlay.kernels import lora as kernel
 from inlay.kernels import low_rank
+from inlay.methods._banked_lora import BankedLoRA
 from inlay.methods._low_rank_init import INITS, initial_factors
+
+if TYPE_CHECKING:
+    from inlay.engine.bank import Bank
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "olora", "pissa", "random"]
 NOT_HERE = ("use_qalora", "alora_invocation_tokens", "layer_replication", "use_bdlora", "arrow_config", "kasa_config",
@@ -61,6 +66,10 @@ class LoRA(Method):
     """Train biases of the base too: every one in the model, or those of the adapted modules."""
     lora_bias: bool = False
     """A bias on B."""
+    freeze_a: bool = False
+    """Train B only (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303): then x is not kept for the backward."""
+    precision: Literal["model", "exact"] = "model"
+    """Compute the change in the dtype of the activations, or in that of A and B (fp32), as HF peft does."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -74,6 +83,8 @@ class LoRA(Method):
             raise ConfigError(f"{name}(init={self.init!r}): choose one of {', '.join(INITS)}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f"{name}(bias={self.bias!r}): choose one of none, all, lora_only")
+        if self.precision not in ("model", "exact"):
+            raise ConfigError(f"{name}(precision={self.precision!r}): choose one of model, exact")
 
     @property
     def scale(self) -> float:
@@ -188,13 +199,18 @@ class LoRAPiece(Piece):
         super().__init__()
         self.scale = method.scale
         self.dropout = method.dropout
+        self.exact = method.precision == "exact"
         self.kind = site.kind
         self.shape = site.weight.shape
         self.groups = int(getattr(site.module, "groups", 1)) if site.kind == "conv" else 1
         self.input_last = not (site.kind == "parameter" and site.transposed)
         _refuse(method, site)
         a, b, keep = initial_factors(method.r, method.init, site, method.scale)
-        self.lora_A = nn.Parameter(a)
+        self.lora_A: Tensor  # a buffer while frozen: nothing can train it, and no optimiser sees it
+        if method.freeze_a:
+            self.register_buffer("lora_A", a)
+        else:
+            self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(b)
         self.lora_bias = nn.Parameter(b.new_zeros(b.shape[0])) if method.lora_bias else None
         self.register_buffer("start_A", a.clone() if keep else None)
@@ -207,11 +223,20 @@ class LoRAPiece(Piece):
         return None if a is None or b is None else (a, b)
 
     def forward(self, inner: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.plain and not args and not kwargs:
+            return kernel.adapted(inner, x, self.lora_A, self.lora_B, self.scale, self.dropout if self.training else 0)
         y = inner(x, *args, **kwargs)
         return y + (self.scale * self.change(inner.module, x)).to(y.dtype)
 
+    @property
+    def plain(self) -> bool:
+        """Whether this is B A x on a linear, and in the dtype of x: what the kernels compute."""
+        return self.kind == "linear" and self.start is None and self.lora_bias is None and not self.exact
+
     def change(self, host: nn.Module, x: Tensor) -> Tensor:
         """(B A − B₀ A₀) x, in the form that the host computes, with dropout on x."""
+        if self.exact and x.is_floating_point():
+            x = x.to(self.lora_A.dtype)
         if self.dropout and self.training and self.kind != "embedding":
             x = F.dropout(x, self.dropout)
         if self.start is None:
@@ -227,6 +252,11 @@ class LoRAPiece(Piece):
         if self.kind == "conv":
             return low_rank.convolution(x, a, b, host, bias)
         return low_rank.linear(x, a, b, bias)
+
+    @classmethod
+    def together(cls, pieces: Mapping[int, Piece], bank: Bank) -> Piece | None:
+        own = {n: piece for n, piece in pieces.items() if isinstance(piece, LoRAPiece)}
+        return BankedLoRA(own, bank) if cls is LoRAPiece and all(piece.plain for piece in own.values()) else None
 
     def delta(self) -> Tensor:
         """s · (B A − B₀ A₀), in the shape and orientation of the weight."""
@@ -268,7 +298,8 @@ class LoRAPiece(Piece):
             grouped = low_rank.gather_groups(a, self.groups)
             a = a if grouped is None else grouped
             if a.shape != self.lora_A.shape:
-                self.lora_A = nn.Parameter(self.lora_A.new_empty(a.shape))
+                fresh = self.lora_A.new_empty(a.shape)
+                self.lora_A = nn.Parameter(fresh) if isinstance(self.lora_A, nn.Parameter) else fresh
         with torch.no_grad():
             rows, columns = self.lora_A.shape[0], self.lora_B.shape[1]
             self.lora_A.copy_(a[:rows])
