@@ -30,7 +30,7 @@ tests: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -q
 
 bench: $(VENV)/.dev
-	for file in $(wildcard benchmarks/*.py); do $(BIN)/python $$file || exit 1; done
+	for file in $(filter-out benchmarks/_% benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || exit 1; done
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

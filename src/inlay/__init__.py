@@ -22,6 +22,7 @@ _PLACES = {
     "controllers": "inlay.engine.adapters",
     "merge": "inlay.engine.adapters",
     "unmerge": "inlay.engine.adapters",
+    "fuse": "inlay.methods._fusing",
     "per_row": "inlay.engine.bank",
     "switchable": "inlay.engine.bank",
     "weigh": "inlay.engine.bank",

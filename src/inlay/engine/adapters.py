@@ -18,6 +18,7 @@ from torch import nn
 if TYPE_CHECKING:
     from inlay.engine.bank import Bank
 
+from inlay.engine import fused
 from inlay.engine.controller import Controller
 from inlay.engine.host import RESERVED, State, close_host, inlays_of, open_host, refresh_class
 from inlay.engine.merging import merged_parameters, swap
@@ -65,6 +66,8 @@ class Adapters:
         """While merged: by host path, the base's own parameters, to be put back by `unmerge`."""
         self.banks: dict[tuple[str, ...], Bank] = {}
         """Adapters that shared a call, by their names; forgotten when what is loaded changes."""
+        self.fused: list[nn.Module] = []
+        """Modules that hold a fused piece."""
 
     def forget_banks(self) -> None:
         """What several adapters computed together no longer fits; a switchable model goes back to `active`."""
@@ -231,6 +234,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             else:
                 close_host(site.module)
     if not adapters.loaded:
+        fused.remove(adapters)
         del model.__dict__[ATTRIBUTE]
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(adapters.required_grad.get(parameter_name, parameter.requires_grad))

@@ -26,8 +26,14 @@ from inlay.engine.piece import Piece
 from inlay.engine.sites import kind_of
 from inlay.errors import AdapterError, UnsupportedError
 
+KEPT = 4
+"""So many sets of adapters keep what they formed together; the one used longest ago is forgotten."""
 ROWS_STAY = ("linear", "norm", "embedding", "conv")
 """Modules that are called with one tensor and treat its rows alike."""
+
+
+Layout = tuple[tuple[int, int], ...]
+"""The adapters at one place, by their number in the bank, each with its number of columns there."""
 
 
 class Bank:
@@ -38,16 +44,22 @@ class Bank:
         self.rows: list[int] | None = None
         """The adapter of each row of the batch, −1 for none; None when all rows do as the gates say."""
         self.index = torch.zeros(0, dtype=torch.long, device=device)
-        """The same as a tensor."""
+        """The same as a tensor: another one for each choice of rows."""
         self.gates = torch.zeros(1, len(names), device=device)
         """(rows or 1, adapters): by how much each adapter counts."""
+        self._formed: dict[Any, Any] = {}
+        """What was formed for these rows once, for all places alike."""
         self._pieces: dict[int, Piece] = {}
 
-    def choose(self, rows: Sequence[str | None]) -> None:
+    def choose(self, rows: Sequence[str | None], device: torch.device) -> None:
         """Row i runs under the adapter rows[i]."""
-        self.rows = [-1 if name is None else self.names.index(name) for name in rows]
-        self.index = torch.tensor(self.rows, device=self.gates.device)
-        self.gates = (self.index[:, None] == torch.arange(len(self.names), device=self.gates.device)).float()
+        numbers = [-1 if name is None else self.names.index(name) for name in rows]
+        if numbers == self.rows and device == self.index.device:
+            return
+        self.rows = numbers
+        self.index = torch.tensor(numbers, device=device)
+        self.gates = (self.index[:, None] == torch.arange(len(self.names), device=device)).float()
+        self._formed = {}
 
     def weigh(self, weights: dict[str, float]) -> None:
         """Every row runs under these adapters, each with its weight; in place, so that nothing is traced again."""
@@ -56,8 +68,30 @@ class Bank:
         values = [weights.get(name, 0.0) for name in self.names]
         self.gates.copy_(torch.tensor([values]))
 
+    def gate(self, layout: Layout, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(entries of x or 1, columns): by how much each column counts for each entry."""
+        if self.rows is None:
+            return self._spread(self.gates, layout, x, dtype)
+        key = layout, x.shape[0], x.device, dtype
+        if key not in self._formed:
+            gates = self.gates.repeat_interleave(repeats(x, len(self.rows)), 0)
+            self._formed[key] = self._spread(gates, layout, x, dtype)
+        formed: Tensor = self._formed[key]
+        return formed
+
+    def _spread(self, gates: Tensor, layout: Layout, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.cat([gates[:, n : n + 1].expand(-1, columns) for n, columns in layout], 1).to(x.device, dtype)
+
+    def places(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """For each row, which of the layout's adapters is its own (rows,), and 1 where one is, else 0 (rows, 1, 1)."""
+        if layout not in self._formed:
+            own = self.index[:, None] == torch.tensor([n for n, _ in layout], device=self.index.device)
+            self._formed[layout] = own.int().argmax(1), own.any(1)[:, None, None]
+        place, here = self._formed[layout]
+        return place, here
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pieces": {}}
+        return {**self.__dict__, "_pieces": {}, "_formed": {}}
 
     def piece(self, inlays: Inlays) -> Piece | None:
         """What runs in one host in place of the pieces of the bank's adapters; None where they have none."""
@@ -110,10 +144,10 @@ def repeats(x: Tensor, rows: int) -> int:
 
     Raises UnsupportedError when x has lost its rows, as inside a mixture of experts.
     """
-    if x.shape[0] != rows and (x.dim() < 3 or x.shape[0] % rows):
+    if x.dim() < 2 or (x.shape[0] != rows and (x.dim() < 3 or x.shape[0] % rows)):
         raise UnsupportedError(
-            f"per_row was given {rows} rows, and a module inside the model was called with {x.shape[0]}: name an adapter "
-            "(or None) for each row of the batch; models that mix the rows of a batch cannot be served this way"
+            f"per_row was given {rows} rows, and a module inside the model was called with shape {tuple(x.shape)}: name "
+            "an adapter (or None) for each row of the batch; models that mix the rows of a batch cannot be served this way"
         )
     return int(x.shape[0]) // rows
 
@@ -133,21 +167,23 @@ def per_row(model: nn.Module, rows: Sequence[str | None]) -> Iterator[nn.Module]
     """Within the block, row i of every batch runs under the adapter rows[i], or as the base where that is None.
 
     Outputs equal those of each row by itself under its adapter. Works in training too: each adapter gets the gradients
-    of its rows. With beams, several consecutive entries share a row. Adapters that act on more than single modules
-    (prompts, prefixes, composed places) and models that mix rows (mixtures of experts) are refused with UnsupportedError.
+    of its rows; with gradient checkpointing, `backward` belongs inside the block, since it runs the model again. The
+    batch comes first in every tensor; with beams, several consecutive entries share a row. An adapter that holds NaN or
+    inf may spoil the rows of others. Adapters that act on more than single modules (prompts, prefixes, composed places)
+    and models that mix rows (mixtures of experts) are refused with UnsupportedError.
 
-    Without gradients, the stacked matrices are kept between calls, and made again when a parameter's version changes;
-    a change through `parameter.data` has no version and is not noticed.
+    Without gradients, what the adapters formed together is kept between calls, and made again when a parameter's
+    version changes; a change through `parameter.data` of the same memory has no version and is not noticed.
     """
     adapters = adapters_of(model)
     if adapters.state.merged:
         raise AdapterError(f"adapters {list(adapters.state.merged)} are merged: call inlay.unmerge(model) first")
     if adapters.state.bank is not None:
         raise AdapterError("per_row inside per_row, or on a switchable model: end the other one first")
-    if isinstance(rows, str) or not rows:
+    if isinstance(rows, str) or not len(rows) or any(not isinstance(name, str | None) for name in rows):
         raise AdapterError(f"per_row takes one adapter name, or None, for each row of the batch; got {rows!r}")
     bank = _bank(model, adapters, tuple(sorted({adapters.get(name).name for name in rows if name is not None})))
-    bank.choose(rows)
+    bank.choose(rows, next(iter(model.parameters())).device)
     adapters.state.bank = bank
     try:
         yield model
@@ -156,9 +192,9 @@ def per_row(model: nn.Module, rows: Sequence[str | None]) -> Iterator[nn.Module]
 
 
 def switchable(model: nn.Module, on: bool = True) -> nn.Module:
-    """Let `activate`, `using`, `disabled` and `weigh` write numbers that the model reads, instead of changing its course.
+    """Let `activate`, `using`, `disabled` and `weigh` write numbers that the model reads, not change its course.
 
-    A compiled model then goes on without compiling again. Every call computes all loaded adapters, so this is for a few.
+    A compiled model then goes on without compiling again. Every call computes all loaded adapters: this is for a few.
     Loading or detaching an adapter ends it. Raises UnsupportedError where an adapter is more than low-rank changes of
     linears, AdapterError while merged.
     """
@@ -196,14 +232,17 @@ def weigh(model: nn.Module, weights: dict[str, float]) -> None:
 
 def _bank(model: nn.Module, adapters: Adapters, names: tuple[str, ...]) -> Bank:
     """The bank of these adapters, made at first use. UnsupportedError for adapters that no bank can hold."""
-    if names not in adapters.banks:
+    bank = adapters.banks.pop(names, None)
+    if bank is None:
         for name in names:
             for site, piece in adapters.get(name).pieces():
-                if kind_of(site.module) not in ROWS_STAY or "expert" in site.path:
+                if kind_of(site.module) not in ROWS_STAY or site.owner is not None or "expert" in site.path:
                     raise UnsupportedError(
                         f"adapter {name!r} cannot be chosen row by row: {type(piece).__name__} at {site.name} works on "
                         "the whole batch; run its rows by themselves, with inlay.using(model, ...)"
                     )
-        device = next(iter(model.parameters())).device
-        adapters.banks[names] = Bank(names, device)
-    return adapters.banks[names]
+        bank = Bank(names, next(iter(model.parameters())).device)
+    adapters.banks[names] = bank
+    for oldest in list(adapters.banks)[:-KEPT]:
+        del adapters.banks[oldest]
+    return bank

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import shutil
-import struct
 import tempfile
 import time
 import uuid
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from inlay.engine.tensor_file import write_tensors
 from inlay.errors import CheckpointError, nearest
 
 CONFIG = "adapter_config.json"
@@ -121,31 +120,19 @@ def write(folder: Path, config: Mapping[str, Any], files: Contents) -> None:
         _sweep(folder)
         saving = Path(tempfile.mkdtemp(prefix=SAVING, dir=folder))
         for name, (tensors, metadata) in files.items():
-            _write_tensors(saving / name, tensors, metadata)
+            write_tensors(saving / name, tensors, metadata)
         (saving / CONFIG).write_text(text, encoding="utf-8")
         for path in saving.iterdir():
             _flush(path)
         os.replace(saving, folder / SAVED)
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full: free some space" if full else str(error)
         raise CheckpointError(f"could not write {folder}; what was there before is untouched ({reason})") from error
     finally:
         if saving is not None:
             shutil.rmtree(saving, ignore_errors=True)
     _settle(folder)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file whose bytes depend on its contents only; the library orders metadata at random."""
-    save_file(tensors, path, metadata=dict(metadata))
-    with path.open("rb+") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length)) | {"__metadata__": dict(sorted(metadata.items()))}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:
-            file.seek(8)
-            file.write(text.ljust(length))
 
 
 def _settle(folder: Path) -> None:

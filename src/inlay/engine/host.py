@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from inlay.engine.linear import Linear, plain_linear
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 CHILD = "inlays"
 """The name of the child that holds a host's pieces: `host.inlays.<adapter>.<piece>`."""
+
+FUSED = "fused"
+"""The shelf of the pieces that compute in another way what the adapters' pieces do (`engine/fused.py`)."""
 
 
 class State:
@@ -91,14 +95,23 @@ class Inner:
         return self.piece.bias(self.inner.bias())
 
 
+class Layers(NamedTuple):
+    """The running pieces of one host."""
+
+    onion: Inner
+    """Those around its call, with the base innermost."""
+    values: dict[str, tuple[Piece, ...]]
+    """Those that stand for its parameters, by the parameter's name."""
+    computed: tuple[str, ...]
+    """The parameters whose value is computed, not merely stored."""
+
+
 class Inlays(nn.Module):
     """The pieces of one host: `inlays.<adapter>` is a ModuleDict of pieces, whichever adapter is active."""
 
     host: nn.Module
     _seen: tuple[str, ...] | Bank | None
-    _onion: Inner | None
-    _values: dict[str, tuple[Piece, ...]]
-    _computed: tuple[str, ...]
+    _formed: Layers | None
 
     def __init__(self, host: nn.Module, state: State, transposed: bool) -> None:
         super().__init__()
@@ -157,17 +170,14 @@ class Inlays(nn.Module):
 
     def call(self) -> Inner:
         """The onion of the running pieces, rebuilt only when the set of active adapters has changed."""
-        self._refresh()
-        assert self._onion is not None
-        return self._onion
+        return self._layers().onion
 
     def value(self, name: str, original: Tensor) -> Tensor:
         """What the host's parameter `name` reads as while the active pieces stand for it."""
         if self.held is not None and name in self.held:
             return self.held[name]
-        self._refresh()
         value = original
-        for piece in self._values.get(name, ()):
+        for piece in self._layers().values.get(name, ()):
             value = piece.weight(value)
         return value.to(original.dtype)
 
@@ -184,30 +194,34 @@ class Inlays(nn.Module):
 
     def hold(self) -> dict[str, Tensor] | None:
         """Values that are computed (not merely stored), so that one call of the host computes each of them once."""
-        self._refresh()
-        if not self._computed:
+        computed = self._layers().computed
+        if not computed:
             return None
-        return {name: self.value(name, self.original(name)) for name in self._computed}
+        return {name: self.value(name, self.original(name)) for name in computed}
 
-    def _refresh(self) -> None:
+    def _layers(self) -> Layers:
         running = self.state.running
-        if self._seen is running or (self._seen is not None and self._seen == running):
-            return
+        if torch.compiler.is_compiling():  # what is remembered would be a condition of the graph
+            return self._form(running)
+        if self._formed is None or not (self._seen is running or self._seen == running):
+            self._formed, self._seen = self._form(running), running
+        return self._formed
+
+    def _form(self, running: tuple[str, ...] | Bank) -> Layers:
         base = base_class(type(self.host)).forward
         onion = Inner(self, base, None, None)
         together = None if isinstance(running, tuple) else running.piece(self)
-        names = running if isinstance(running, tuple) else ()
+        names = (*running, FUSED) if isinstance(running, tuple) and running else ()
         for piece in self.pieces(names, None) if together is None else (together,):
             onion = Inner(self, base, piece, onion)
         values = {name: tuple(self.pieces(names, name)) for name in self.parameters_touched()}
-        self._onion = onion
-        self._values = {name: pieces for name, pieces in values.items() if pieces}
-        self._computed = tuple(name for name, pieces in self._values.items() if not all(p.stored for p in pieces))
-        self._seen = running
+        values = {name: pieces for name, pieces in values.items() if pieces}
+        computed = tuple(name for name, pieces in values.items() if not all(p.stored for p in pieces))
+        return Layers(onion, values, computed)
 
     def _forget(self) -> None:
         # Not by assignment: a module asks of every value whether it is a parameter, a buffer or a module.
-        self.__dict__.update(_seen=None, _onion=None, _values={}, _computed=())
+        self.__dict__.update(_seen=None, _formed=None)
 
     # -- life outside the call -----------------------------------------------------------------------------------------
 
@@ -223,14 +237,10 @@ class Inlays(nn.Module):
         pass
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        for cache in ("_onion", "_seen"):
-            state[cache] = None
-        state.update(_values={}, _computed=(), held=None)
-        return state
+        return {**self.__dict__, "_seen": None, "_formed": None, "held": None}
 
 
-RESERVED = frozenset(dir(Inlays)) | {"state", "host", "transposed", "own_forward", "held", "training"}
+RESERVED = frozenset(dir(Inlays)) | {FUSED, "state", "host", "transposed", "own_forward", "held", "training"}
 """Names that an adapter cannot have, because a host's `inlays` uses them itself."""
 
 

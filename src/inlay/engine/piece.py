@@ -61,7 +61,7 @@ class Piece(nn.Module):
 
     @classmethod
     def together(cls, pieces: Mapping[int, Piece], bank: Bank) -> Piece | None:
-        """One piece that computes what these would, of several adapters by their number in the bank; None: it cannot."""
+        """One piece in place of these, of several adapters by their number in the bank; None where there is none."""
         return None
 
     def file_tensors(self) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@
 The norm is expanded instead of formed: n² = ‖W‖² + Σ_r B ⊙ (2s W Aᵀ + s² B A Aᵀ), in fp32, with ‖W‖² remembered while W
 is the same. In bf16 this is closer to the truth than the norm of a sum rounded to bf16.
 
-Where some m is (nearly) zero, u cannot be had from y and is kept instead.
+Where some f is small, or some m beside its b, u cannot be had from y to full precision and is kept instead.
 
 FLOPs beyond LoRA's: 2 r in out for W Aᵀ, whatever T, and 5 T out. Bytes beyond LoRA's: W once; two passes over y and
 two over dy. Kept beyond LoRA's: y (T, out), which the next operation often keeps anyway.
@@ -23,15 +23,16 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from inlay.engine.linear import Linear
-from inlay.kernels import dropout
-from inlay.kernels.choice import compute_dtype, without_autocast
+from inlay.errors import UnsupportedError
+from inlay.kernels import products
+from inlay.kernels.choice import compute_dtype, fusible, without_autocast
 from inlay.kernels.lora import gradients, narrow, rows, suits
+from inlay.kernels.scaling import near_one, times
 
-SMALL = 1e-12
-"""Magnitudes below this leave too little in y to divide it out again."""
+SAMPLES = 512
 
 _SQUARES: Any = WeakIdKeyDictionary()
-"""‖W‖² for each output, by W, with the version of W that it was computed from."""
+"""‖W‖² for each output, by W, with the state of W that it was computed from."""
 
 
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -39,21 +40,25 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     with without_autocast(weight):
         squares = row_squares(weight, a.dtype)
         cross = (weight @ a.to(weight.dtype).t()).to(a.dtype)
-        change: Tensor = (b * cross.mul_(2 * scale).addmm_(b, a @ a.t(), alpha=scale * scale)).sum(1)
+        change: Tensor = (b * torch.addmm(2 * scale * cross, b, a @ a.t(), alpha=scale * scale)).sum(1)
     return (squares + change).clamp_min_(torch.finfo(a.dtype).tiny).sqrt_()
 
 
 def row_squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """‖W‖² for each row, accumulated in `dtype`; remembered for as long as W is neither changed nor replaced."""
-    if torch.compiler.is_compiling() or weight.is_inference():  # which has no version to tell
+    """‖W‖² for each row, accumulated in `dtype`; on CPU remembered for as long as W stays as it is.
+
+    A change that torch's version of W does not show (through `W.data`) is seen by some of its numbers, spread over it.
+    """
+    if not fusible(weight) or weight.device.type != "cpu" or weight.is_inference():
         return _row_squares(weight, dtype)
     stored = weight if weight._base is None else weight._base  # a transposed weight is a new view at every call
-    state = (weight._version, weight.data_ptr(), weight.stride(), dtype)
+    state = (weight._version, weight.data_ptr(), weight.shape, weight.stride(), dtype)
+    sample = weight.detach().reshape(-1)[:: max(1, weight.numel() // SAMPLES)] if weight.is_contiguous() else weight[0]
     known = _SQUARES.get(stored)
-    if known is None or known[0] != state:
-        known = (state, _row_squares(weight.detach(), dtype))
+    if known is None or known[0] != state or not torch.equal(known[1], sample):
+        known = (state, sample.detach().clone(), _row_squares(weight.detach(), dtype))
         _SQUARES[stored] = known
-    return cast(Tensor, known[1])
+    return cast(Tensor, known[2])
 
 
 def _row_squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,11 +73,11 @@ def adapted(
     dtype = compute_dtype(x)
     if base.decode is not None or base.weight.requires_grad or not suits(base, x, dtype):
         return None
-    mask = dropout.draw(x.shape, p, x.device) if p else None
+    mask = products.mask_for(x, a, p)
     with torch.no_grad():
         norms = row_norms(base.weight, a, b, scale)
-        whole = x.device.type != "cpu" or bool((magnitude.abs() < SMALL).any())  # elsewhere, asking would wait
-    arguments = (x, base.weight, base.bias, a, b, magnitude, norms, scale, dtype, mask, whole)
+        near = near_one(magnitude / norms) and (base.bias is None or bool((8 * magnitude >= base.bias.abs()).all()))
+    arguments = (x, base.weight, base.bias, a, b, magnitude, norms, scale / (1 - p), dtype, mask, near)
     return cast(Tensor, MagnitudeLinear.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
@@ -95,45 +100,70 @@ class MagnitudeLinear(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype,
         mask: Tensor | None,
-        whole: bool,
+        near: bool,
     ) -> Tensor:
-        ctx.scale, ctx.dtype, ctx.shape, ctx.whole = scale, dtype, x.shape, whole
+        ctx.scale, ctx.dtype, ctx.shape, ctx.near = scale, dtype, x.shape, near
         inputs = x.to(dtype)
         y = F.linear(inputs, weight.to(dtype), None if bias is None else bias.to(dtype)).contiguous()
         h = narrow(rows(inputs), a, mask)
-        direction = torch.addmm(rows(y), h, b.to(dtype).t(), alpha=scale) if whole else None
+        direction = None if near else torch.addmm(rows(y), h, b.to(dtype).t(), alpha=scale)
         if direction is not None and bias is not None:
             direction -= bias.to(dtype)
         factor = magnitude / norms
-        shift = factor - 1
-        # Around y, so that a factor of exactly one leaves its bits alone, and a small shift is not lost in rounding.
-        rows(y).addcmul_(rows(y), shift.to(dtype))
+        times(y, factor, near, out=y)
         if bias is not None:
-            y -= (shift * bias).to(dtype)
-        rows(y).addmm_(h, (factor[:, None] * b).to(dtype).t(), alpha=scale)
-        need_x, _, _, need_a, need_b, need_m = ctx.needs_input_grad[:6]
+            y -= ((factor - 1) * bias).to(dtype)
+        products.widen_(rows(y), h, factor[:, None] * b, scale)
+        _, _, _, need_a, need_b, need_m = ctx.needs_input_grad[:6]
         ctx.save_for_backward(
-            x if need_a else None, weight if need_x else None, bias, a, b, magnitude, norms,
-            h if need_b else None, mask, (direction if whole else y) if need_m else None,
+            x if need_a else None, weight, bias, a, b, magnitude, norms,
+            h if need_b else None, mask, (y if near else direction) if need_m else None,
         )  # fmt: skip
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, a, b, magnitude, norms, h, mask, kept = ctx.saved_tensors
+        x, weight, bias, a, b, magnitude, norms, h, mask, kept = saved_tensors(ctx)
         need_x, _, need_bias, need_a, need_b, need_m = ctx.needs_input_grad[:6]
         with without_autocast(dy):
             dy = rows(dy.to(ctx.dtype))
             sums = dy.sum(0, dtype=magnitude.dtype) if need_bias or (need_m and bias is not None) else None
+            inputs = None if x is None else rows(x.to(ctx.dtype))
             dm = None
             if need_m:
+                if torch.is_grad_enabled() and not ctx.near:
+                    kept = direction_again(inputs, weight.to(ctx.dtype), a, b, mask, ctx.scale)
                 dm = (dy * rows(kept)).sum(0, dtype=magnitude.dtype)
-                if not ctx.whole and bias is not None and sums is not None:
+                if ctx.near and bias is not None and sums is not None:
                     dm = dm - sums * bias
-                dm = dm / (norms if ctx.whole else magnitude)
-            du = torch.addcmul(dy, dy, (magnitude / norms - 1).to(ctx.dtype))
-            inputs = None if x is None else rows(x.to(ctx.dtype))
+                dm = dm / (magnitude if ctx.near else norms)
+            du = times(dy, magnitude / norms, ctx.near)
             dx = du @ weight.to(ctx.dtype) if need_x else None
             dx, da, db = gradients(du, dx, inputs, a, b, h, mask, ctx.scale, (need_x, need_a, need_b))
         dbias = sums.to(bias.dtype) if need_bias and sums is not None else None
         return None if dx is None else dx.view(ctx.shape), None, dbias, da, db, dm, *[None] * 5
+
+
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """What the forward kept. Raises UnsupportedError when somebody has written into the output since."""
+    try:
+        return cast("tuple[Any, ...]", ctx.saved_tensors)
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise UnsupportedError(
+            "DoRA keeps the output of its linear for the backward, and the model changes it in place (as "
+            "ReLU(inplace=True) does): use DoRA(precision='exact'), which keeps more"
+        ) from error
+
+
+def direction_again(
+    x: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """u (T, out) as a function of what it was made of, for a second derivative."""
+    if x is None:
+        raise RuntimeError(
+            "a second derivative through DoRA needs its input, which is not kept while A is frozen; let A require "
+            "gradients, or use precision='exact'"
+        )
+    return x @ weight.t() + scale * (narrow(x, a, mask) @ b.to(x.dtype).t())

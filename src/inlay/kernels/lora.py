@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay.kernels import dropout, low_rank
+from inlay.kernels import low_rank, products
 from inlay.kernels.choice import compute_dtype, fusible, without_autocast
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def adapted(
         y: Tensor = inner(x)
         return y + (scale * low_rank.linear(F.dropout(x, p) if p else x, a, b, gate=gate)).to(y.dtype)
     dtype = compute_dtype(x)
-    mask = dropout.draw(x.shape, p, x.device) if p else None
+    mask = products.mask_for(x, a, p)
     scale = scale / (1 - p)
     base = inner.linear()
     if base is None or not suits(base, x, dtype):
@@ -52,10 +52,10 @@ def adapted(
 
 
 def suits(base: Linear, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a kernel computes what the base would, for this x: its dtype is the same, and it is not the slower one."""
+    """Whether a kernel computes what the base would for this x: in the same dtype, and not slower."""
     if base.decode is not None and not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]:
         return False  # a library's own kernel for decoding token by token beats values and a product
-    return dtype != x.dtype or base.dtype == dtype
+    return base.dtype == dtype or torch.is_autocast_enabled(x.device.type)
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -79,7 +79,7 @@ class LowRankLinear(torch.autograd.Function):
         inputs = x.to(dtype)
         y = F.linear(inputs, values(weight, dtype, decode), None if bias is None else bias.to(dtype)).contiguous()
         h = narrow(rows(inputs), a, mask, gate)
-        rows(y).addmm_(h, b.to(dtype).t(), alpha=scale)
+        products.widen_(rows(y), h, b, scale)
         need_x, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
             x if need_a or need_weight else None, weight if need_x else None, a, b, h if need_b else None, mask, gate
@@ -145,7 +145,7 @@ def values(weight: Tensor, dtype: torch.dtype, decode: Decode | None) -> Tensor:
 
 def narrow(x: Tensor, a: Tensor, mask: Tensor | None, gate: Tensor | None = None) -> Tensor:
     """h = g ⊙ x̃ Aᵀ, (T, r)."""
-    h = (x if mask is None else dropout.apply(x, mask)) @ a.to(x.dtype).t()
+    h = products.narrow(x, a, mask)
     return h if gate is None else gated(h, gate)
 
 
@@ -168,25 +168,17 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dA, dB) of the low-rank part for dy (T, out); `dx` (T, in), which the base gave, is added to in place."""
     need_x, need_a, need_b = needs
-    if torch.is_grad_enabled():  # differentiated again: h has to be a function of x and A
+    if torch.is_grad_enabled() and need_b:  # differentiated again: h has to be a function of x and A
         if x is None:
             raise RuntimeError(
                 "a second derivative through LoRA needs its input, which is not kept while A is frozen; let A require "
                 "gradients, or use precision='exact'"
             )
         h = narrow(x, a, mask, gate)
-    dh = (dy @ b.to(dy.dtype)).mul_(scale) if need_x or need_a else None
-    if gate is not None and dh is not None:
+    dh, db = products.back_through_b(dy, h, b, scale, (need_x or need_a, need_b))
+    if dh is None:
+        return dx, None, db
+    if gate is not None:
         dh = gated(dh, gate)
-    db = (h.t() @ dy).t().mul(scale).to(b.dtype) if need_b and h is not None else None
-    da = None
-    if need_a and x is not None and dh is not None:
-        da = (dh.t() @ (x if mask is None else dropout.apply(x, mask))).to(a.dtype)
-    if need_x and dh is not None:
-        if dx is None or mask is not None:
-            part = dh @ a.to(dh.dtype)
-            part = part if mask is None else dropout.apply_(part, mask)
-            dx = part if dx is None else dx.add_(part)
-        else:
-            dx.addmm_(dh, a.to(dh.dtype))
+    dx, da = products.back_through_a(dh, x, dx, a, mask, (need_x, need_a))
     return dx, da, db

@@ -2,19 +2,22 @@
 
     y[t] = W x[t] + Σ_k g[t, k] · s_k B_k A_k x[t]
 
-Two ways, by size. Wide: one product with all A and one with all B, with the gate on h; n times the FLOPs that a row
-needs, in two products whatever n is. Gathered: each row takes its own A and B, in two batched products.
+Three ways, by size. Wide: one product with all A and one with all B, with the gate on h; n times the FLOPs that a row
+needs, in two products whatever n is. Gathered: each row takes its own A and B, in two batched products. Kept: gathered,
+with what the rows took kept for the next call with the same rows, as when a batch is decoded token by token.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from inlay.engine.bank import Bank, repeats
+from inlay.engine.bank import Bank, Layout, repeats
 from inlay.engine.piece import Piece
 from inlay.errors import UnsupportedError
 from inlay.kernels import lora as kernel
@@ -23,8 +26,13 @@ from inlay.kernels.choice import compute_dtype
 if TYPE_CHECKING:
     from inlay.methods.lora import LoRAPiece
 
-WIDE_SHARE = 1 / 3
-"""Up to this share of the input's width, all ranks together go through one product."""
+Pair = tuple[Tensor, Tensor]
+
+WIDE = 128
+"""Up to so many adapters times tokens a row, one wide product costs less than gathering."""
+FEW_TOKENS = 4
+"""Up to so many tokens a row, kept matrices are in fp32: the batched product of half-precision vectors is slower."""
+VERSION = operator.attrgetter("_version")
 
 
 class BankedLoRA(Piece):
@@ -33,54 +41,92 @@ class BankedLoRA(Piece):
     def __init__(self, pieces: Mapping[int, LoRAPiece], bank: Bank) -> None:
         super().__init__()
         self.bank = bank
-        self.numbers = tuple(pieces)
         self.of = list(pieces.values())  # not as children: they belong to their adapters
-        ranks = torch.tensor([piece.lora_A.shape[0] for piece in self.of])
-        columns = torch.tensor(self.numbers).repeat_interleave(ranks)
-        self.columns = columns.to(bank.gates.device)
-        self._stack: tuple[Any, Tensor, Tensor] | None = None
+        ranks = tuple(piece.lora_A.shape[0] for piece in self.of)
+        self.layout: Layout = tuple(zip(pieces, ranks, strict=True))
+        self.alike = len(set(ranks)) == 1
+        self.drops = any(piece.dropout for piece in self.of)
+        self._stack: tuple[Any, Pair] | None = None
+        self._own: tuple[Any, Tensor, Pair | None] | None = None
 
     def forward(self, inner: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rate = self._rate() if self.drops else 0.0
+        rows, dtype = self.bank.rows, compute_dtype(x)
+        if rows is not None:
+            repeats(x, len(rows))
+            own = None if rate or not self.alike else self._own_of_rows(x, dtype, len(rows))
+            if own is not None:
+                return _batched(inner, x, *own)
+        a, b = self._stacked(dtype)
+        return kernel.adapted(inner, x, a, b.t(), 1.0, rate, self.bank.gate(self.layout, x, dtype))
+
+    def _rate(self) -> float:
         rates = {piece.dropout if piece.training else 0.0 for piece in self.of}
         if len(rates) > 1:
             raise UnsupportedError(f"adapters with dropout {sorted(rates)} cannot train in one batch: use equal rates")
-        rows = self.bank.rows
-        if rows is not None:
-            repeated = repeats(x, len(rows))
-            if self._gathers(x):
-                return self._gathered(inner, x, repeated)
-        a, b = self._stacked(compute_dtype(x))
-        gate = self.bank.gates[:, self.columns]
-        return kernel.adapted(inner, x, a, b, 1.0, rates.pop(), gate)
+        return rates.pop()
 
-    def _gathers(self, x: Tensor) -> bool:
-        """Whether each row had better take its own matrices: many adapters, rows of several tokens, nothing to drop."""
-        equal = len({piece.lora_A.shape[0] for piece in self.of}) == 1 and len(self.of) == len(self.bank.names)
-        drops = any(piece.dropout and piece.training for piece in self.of)
-        wide = len(self.columns) <= WIDE_SHARE * x.shape[-1]
-        return equal and not drops and not wide and x.dim() == 3 and x.shape[1] > 1
+    def _own_of_rows(self, x: Tensor, dtype: torch.dtype, rows: int) -> Pair | None:
+        """Each row's A (rows, r, in) and s Bᵀ (rows, r, out); None where the wide way costs less."""
+        tokens = x.numel() // (rows * x.shape[-1])
+        wide, state = len(self.of) * tokens <= WIDE, self._state(dtype)
+        if state is None or rows > 2 * len(self.of):  # kept, they would take more than twice the memory of the stack
+            return None if wide else self._gathered(dtype, dtype)
+        few = tokens <= FEW_TOKENS and x.device.type == "cpu" and x.dtype == dtype != torch.float64
+        state = (few, *state)
+        index, known = self.bank.index, self._own
+        if known is None or known[0] != state or known[1] is not index:
+            self._own = state, index, None if wide else self._gathered(dtype, torch.float32 if few else dtype)
+        elif known[2] is None:  # the same rows for the second time: there may well be a third
+            self._own = state, index, self._gathered(dtype, torch.float32 if few else dtype)
+        assert self._own is not None
+        return self._own[2]
 
-    def _gathered(self, inner: Any, x: Tensor, repeated: int) -> Tensor:
-        y: Tensor = inner(x)
-        dtype, count = compute_dtype(x), len(self.of)
-        a, b = self._stacked(dtype)
-        index = self.bank.index.clamp(min=0).repeat_interleave(repeated)
-        present = (self.bank.index >= 0).to(dtype).repeat_interleave(repeated)[:, None, None]
-        own_a = a.view(count, -1, a.shape[1])[index]
-        own_b = b.view(b.shape[0], count, -1)[:, index].permute(1, 2, 0)
-        h = torch.bmm(x.to(dtype), own_a.transpose(1, 2)) * present
-        return torch.baddbmm(y.to(dtype), h, own_b).to(y.dtype)
+    def _gathered(self, dtype: torch.dtype, kept: torch.dtype) -> Pair:
+        stacked = self._stacked(dtype)
+        place, here = (t.to(stacked[0].device) for t in self.bank.places(self.layout))
+        a, b = (t.view(len(self.of), -1, t.shape[1]).index_select(0, place).to(kept) for t in stacked)
+        return a, b * here.to(kept)
 
-    def _stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """All A (n r, in), and all s B (out, n r); kept, without gradients, until some parameter changes."""
-        factors = [tensor for piece in self.of for tensor in (piece.lora_A, piece.lora_B)]
-        keeps = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        state = (dtype, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in factors)) if keeps else None
-        if self._stack is not None and keeps and self._stack[0] == state:
-            return self._stack[1:]
+    def _stacked(self, dtype: torch.dtype) -> Pair:
+        """All A (n r, in), and all s Bᵀ (n r, out); kept, without gradients, until some parameter changes."""
+        state = self._state(dtype)
+        if state is not None and self._stack is not None and self._stack[0] == state:
+            return self._stack[1]
         a = torch.cat([piece.lora_A for piece in self.of])
-        b = torch.cat([piece.scale * piece.lora_B for piece in self.of], dim=1)
-        if not keeps:
+        b = torch.cat([piece.scale * piece.lora_B.t() for piece in self.of])
+        if state is None:
             return a, b
-        self._stack = (state, a.to(dtype), b.to(dtype))
-        return self._stack[1:]
+        self._stack = state, (a.to(dtype), b.to(dtype))
+        return self._stack[1]
+
+    def _state(self, dtype: torch.dtype) -> tuple[Any, ...] | None:
+        """What tells whether kept matrices still hold; None where nothing is kept."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        factors = [piece._parameters.get("lora_A", piece._buffers.get("lora_A")) for piece in self.of]
+        factors += [piece._parameters["lora_B"] for piece in self.of]
+        try:
+            return dtype, *map(Tensor.data_ptr, factors), *map(VERSION, factors)  # type: ignore[arg-type]
+        except RuntimeError:  # made in inference mode: no version tells of a change
+            return None
+
+
+def _batched(inner: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """inner(x) + x Aᵀ B for each row's A (rows, r, in) and B (rows, r, out)."""
+    y: Tensor
+    base = None if torch.is_grad_enabled() else inner.linear()
+    if base is None or base.decode is not None:
+        y, fresh = inner(x), False
+    else:
+        y, fresh = F.linear(x, base.weight, base.bias).contiguous(), True
+    tokens = x.numel() // (a.shape[0] * x.shape[-1])
+    h = torch.bmm(x.reshape(a.shape[0], tokens, x.shape[-1]).to(a.dtype), a.transpose(1, 2))
+    rows = y.reshape(a.shape[0], tokens, y.shape[-1])
+    if fresh and y.dtype == b.dtype:
+        rows.baddbmm_(h, b)
+        return y
+    if fresh:
+        rows.add_(torch.bmm(h, b))
+        return y
+    return torch.baddbmm(rows.to(b.dtype), h, b).to(y.dtype).view(y.shape)

@@ -63,8 +63,8 @@ class DoRAPiece(LoRAPiece):
     def norms(self, weight: Tensor) -> Tensor:
         """‖V‖ for each output."""
         if self.plain and weight.dim() == 2:
-            return kernel.row_norms(weight, self.lora_A, self.lora_B, self.scale)
-        return self.norm(weight.to(self.lora_A.dtype) + self.delta())
+            return kernel.row_norms(weight, self.lora_A.detach(), self.lora_B.detach(), self.scale).detach()
+        return self.norm(weight.to(self.lora_A.dtype) + self.delta()).detach()
 
     def norm(self, direction: Tensor) -> Tensor:
         """‖V‖ for each output: (out,) for linears, (1, out, 1…) for convolutions, (dim,) for embeddings."""

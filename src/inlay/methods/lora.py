@@ -26,7 +26,7 @@ from inlay.engine.peft_names import file_paths, overrides_from_peft, peft_patter
 from inlay.engine.piece import Method, Piece, take
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import copies
-from inlay.errors import ConfigError, UnsupportedError
+from inlay.errors import CheckpointError, ConfigError, UnsupportedError
 from inlay.kernels import lora as kernel
 from inlay.kernels import low_rank
 from inlay.methods._banked_lora import BankedLoRA
@@ -309,6 +309,37 @@ class LoRAPiece(Piece):
                 self.start[1].copy_(-b[:, columns:])
             if self.lora_bias is not None:
                 self.lora_bias.copy_(bias[0])
+
+    def values_of(self, other: Piece) -> list[tuple[Tensor, Tensor]]:
+        """A of a lower rank is filled up with zeros, and another scale goes into B."""
+        if type(other) is not type(self):
+            raise CheckpointError(f"it is {type(other).__name__}, and {type(self).__name__} here")
+        own, its = self._tensors(), other._tensors()
+        if own.keys() != its.keys():
+            raise CheckpointError(f"it has {', '.join(its)}, and there is {', '.join(own)} here")
+        if other.scale != self.scale:
+            scaled = {name for name in its if name.startswith(("lora_B", "start_B", "lora_bias"))}
+            its = {name: t * (other.scale / self.scale) if name in scaled else t for name, t in its.items()}
+        return [(tensor, _padded(name, its[name], tensor, self.groups)) for name, tensor in own.items()]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+
+def _padded(name: str, tensor: Tensor, like: Tensor, groups: int) -> Tensor:
+    """`tensor` in the shape of `like`: zeros for the ranks that it lacks. Raises CheckpointError where it has more."""
+    dim = 1 if name.endswith("_B") else 0
+    more = like.shape[dim] - tensor.shape[dim]
+    others = [(a, b) for n, (a, b) in enumerate(zip(tensor.shape, like.shape, strict=False)) if n != dim]
+    if tensor.dim() != like.dim() or any(a != b for a, b in others) or more < 0 or (more and groups > 1):
+        raise CheckpointError(
+            f"its {name} is {tuple(tensor.shape)}, which does not fit into the {tuple(like.shape)} here"
+        )
+    if not more:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = more
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
 def _refuse(method: LoRA, site: Site) -> None:
