@@ -38,7 +38,10 @@ NOT_YET = ("VeRA", "AdaLoRA", "OFT")
 
 # One line a variant: what is done to a model that has its adapter, before it is measured as "inlay, <name>". The bound
 # on the fused MLP looks for the name "fused MLP".
-OPTIONS: dict[str, protocol.Adapt] = {}
+OPTIONS: dict[str, protocol.Adapt] = {
+    "fused MLP": inlay.fuse,
+    "fused MLP and siblings": lambda model: inlay.fuse(model, siblings=True, shared_dropout=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +204,7 @@ def dropout_parts() -> dict[str, Part]:
             Bound(title, TIME, "inlay", "peft", bound),
             Bound(title, TIME, "inlay", "peft(n)", None),
             Bound(title, TIME, "inlay", "inlay without", None, 1.04),
+            *(Bound(title, TIME, f"inlay, {option}", "peft", None) for option in OPTIONS),
             Bound(title, SAVED, "inlay", "peft", 0.49 if dtype == BF16 else None),
             Bound(title, SAVED, "inlay", "inlay without", 1.04 if dtype == BF16 else None),
         ]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 from inlay.engine import fused
 from inlay.engine.controller import Controller
 from inlay.engine.host import RESERVED, State, close_host, inlays_of, open_host, refresh_class
-from inlay.engine.merging import merged_parameters, swap
+from inlay.engine.merging import fold, merged_parameters, swap
 from inlay.engine.piece import Method, Piece
 from inlay.engine.roles import new_heads
 from inlay.engine.sites import Site, SiteIndex, is_conv1d
@@ -133,9 +133,18 @@ def set_in(
     index: SiteIndex, methods: Method | Sequence[Method], name: str, modules_to_save: Sequence[str] | None
 ) -> Adapter:
     """`attach`, with the places of the base model found already; returns the new adapter."""
-    model = index.model
-    adapters = find_adapters(model) or Adapters(model)
+    adapters = find_adapters(index.model) or Adapters(index.model)
     check_name(name, adapters)
+    adapter = make(index, methods, name, modules_to_save)
+    _insert(index.model, adapters, adapter)
+    return adapter
+
+
+def make(
+    index: SiteIndex, methods: Method | Sequence[Method], name: str, modules_to_save: Sequence[str] | None
+) -> Adapter:
+    """The adapter that `attach` would set in, outside the model."""
+    model = index.model
     methods = [methods] if isinstance(methods, Method) else list(methods)
     if not methods:
         raise ConfigError("attach was given no method: pass one, such as inlay.LoRA(r=8), or a list of them")
@@ -152,7 +161,6 @@ def set_in(
     if not any(True for _, piece in adapter.pieces() for _ in piece.parameters()):
         names = ", ".join(type(method).__name__ for method in methods)
         raise ConfigError(f"{names} has nothing to train in {type(model).__name__}")
-    _insert(model, adapters, adapter)
     return adapter
 
 
@@ -301,18 +309,24 @@ def controllers(model: nn.Module) -> list[Controller]:
 # -- merged ------------------------------------------------------------------------------------------------------------
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
     """Fold the active adapters into the weights; outputs stay the same (to rounding) and cost what the base costs.
 
-    The base's own parameters are kept aside, so `unmerge` restores the very bits. Raises UnsupportedError, before
-    anything is changed, when an active adapter holds a piece that is not a change of the weights.
+    The base's own parameters are kept aside, so `unmerge` restores the very bits. With `keep_base=False` they are
+    written over, which takes no memory, and every adapter is detached: the model is a plain one with new weights.
+
+    Raises UnsupportedError, before anything is changed, when an active adapter holds a piece that is not a change of the weights.
     """
     adapters = adapters_of(model)
     if adapters.state.bank is not None:
         raise AdapterError(
             "several adapters share this model's calls: leave per_row, or switchable(model, False), first"
         )
-    if not adapters.state.merged:
+    if not keep_base:
+        unmerge(model)
+        fold(base_model(model), adapters, merged_parameters(adapters))
+        detach(model)
+    elif not adapters.state.merged:
         swap(adapters, merged_parameters(adapters))
         adapters.state.merged = adapters.state.active
     return model

@@ -146,8 +146,8 @@ def repeats(x: Tensor, rows: int) -> int:
     """
     if x.dim() < 2 or (x.shape[0] != rows and (x.dim() < 3 or x.shape[0] % rows)):
         raise UnsupportedError(
-            f"per_row was given {rows} rows, and a module inside the model was called with shape {tuple(x.shape)}: name "
-            "an adapter (or None) for each row of the batch; models that mix the rows of a batch cannot be served this way"
+            f"per_row was given {rows} rows, and a module inside the model was called with shape {tuple(x.shape)}: "
+            "name an adapter (or None) for each row of the batch; models that mix rows cannot be served this way"
         )
     return int(x.shape[0]) // rows
 

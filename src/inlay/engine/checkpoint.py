@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -215,26 +215,14 @@ def load(
     (`strict=False` insists). The model is then as it was before.
     """
     folder = Path(folder)
-    config = files.read_config(folder)
-    tensors, metadata = files.read_tensors(folder)
-    methods, saved = read_methods(config, folder)
-    own = own_entry(config)
-    extra, extra_metadata = files.read_tensors(folder, files.EXTRA) if own.get("extra") else ({}, {})
-    if own and not {metadata.get("inlay"), extra_metadata.get("inlay")} <= {None, own.get("tag")}:
-        raise CheckpointError(f"{folder}: {files.CONFIG} and the tensors come from two saves; save it again")
     before = engine.find_adapters(model)
     active = before.state.active if before else ()
     index = SiteIndex(engine.base_model(model))
-    with _blaming(folder):
-        if own.get("base") and strict:
-            compare(own["base"], index.model)
-        if config.get("peft_type") != "INLAY":
-            tensors, brought = brought_parameters(prefixed(tensors), index.model, saved, config)
-            saved = (*_present(saved, tensors, own), *brought)
-            methods = methods if own else [_without_idle_overrides(method, index) for method in methods]
-        adapter = _attach(index, methods, name, saved, config, folder)
+    with blaming(folder):
+        file = read(folder, index, strict)
+        adapter = make(engine.set_in, index, file, name)
         try:
-            _fill(index, adapter, tensors, extra, config, folder)
+            fill(index, adapter, file)
         except BaseException:
             engine.detach(model, name)
             raise
@@ -246,8 +234,38 @@ def load(
     return model
 
 
+class File(NamedTuple):
+    """An adapter folder, read."""
+
+    folder: Path
+    config: dict[str, Any]
+    methods: list[Method]
+    saved: tuple[str, ...]
+    """Modules saved whole."""
+    tensors: dict[str, Tensor]
+    extra: dict[str, Tensor]
+
+
+def read(folder: Path, index: SiteIndex, strict: bool) -> File:
+    """What an adapter folder holds, as far as can be told without its pieces. Raises as `load` does."""
+    config = files.read_config(folder)
+    tensors, metadata = files.read_tensors(folder)
+    methods, saved = read_methods(config, folder)
+    own = own_entry(config)
+    extra, extra_metadata = files.read_tensors(folder, files.EXTRA) if own.get("extra") else ({}, {})
+    if own and not {metadata.get("inlay"), extra_metadata.get("inlay")} <= {None, own.get("tag")}:
+        raise CheckpointError(f"{folder}: {files.CONFIG} and the tensors come from two saves; save it again")
+    if own.get("base") and strict:
+        compare(own["base"], index.model)
+    if config.get("peft_type") != "INLAY":
+        tensors, brought = brought_parameters(prefixed(tensors), index.model, saved, config)
+        saved = (*_present(saved, tensors, own), *brought)
+        methods = methods if own else [_without_idle_overrides(method, index) for method in methods]
+    return File(folder, config, methods, saved, tensors, extra)
+
+
 @contextlib.contextmanager
-def _blaming(folder: Path) -> Iterator[None]:
+def blaming(folder: Path) -> Iterator[None]:
     """What goes wrong for want of a sensible value in the config is the file's fault."""
     try:
         yield
@@ -260,24 +278,17 @@ def _blaming(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _attach(
-    index: SiteIndex,
-    methods: Sequence[Method],
-    name: str,
-    saved: Sequence[str],
-    config: Mapping[str, Any],
-    folder: Path,
-) -> engine.Adapter:
-    """Attach what the config describes; places that are missing mean that it was made for another base."""
+def make(maker: Callable[..., engine.Adapter], index: SiteIndex, file: File, name: str) -> engine.Adapter:
+    """What the file describes, by `maker`; places that are missing mean that it was made for another base."""
     token = LOADING.set(True)
     try:
-        return engine.set_in(index, methods, name, saved)
+        return maker(index, file.methods, name, file.saved)
     except TargetError as error:
-        if own_entry(config):
+        if own_entry(file.config):
             raise
-        made_for = config.get("base_model_name_or_path") or "a base it does not name"
+        made_for = file.config.get("base_model_name_or_path") or "a base it does not name"
         raise BaseModelError(
-            f"{folder} adapts target_modules={config.get('target_modules')!r} of {made_for}, which "
+            f"{file.folder} adapts target_modules={file.config.get('target_modules')!r} of {made_for}, which "
             f"{type(index.model).__name__} does not have: load it on the base it was made for"
         ) from error
     finally:
@@ -294,7 +305,7 @@ def own_entry(config: Mapping[str, Any]) -> dict[str, Any]:
 def read_methods(config: Mapping[str, Any], folder: Path) -> tuple[list[Method], tuple[str, ...]]:
     """The methods that a config describes, and the modules saved whole."""
     own = own_entry(config)
-    with _blaming(folder):
+    with blaming(folder):
         if not own:
             methods = _from_peft(config, folder)
         elif own.get("format", 0) > FORMAT:
@@ -340,15 +351,10 @@ def _without_idle_overrides(method: Method, index: SiteIndex) -> Method:
     return method.replace(overrides=used)
 
 
-def _fill(
-    index: SiteIndex,
-    adapter: engine.Adapter,
-    tensors: dict[str, Tensor],
-    extra: dict[str, Tensor],
-    config: Mapping[str, Any],
-    folder: Path,
-) -> None:
+def fill(index: SiteIndex, adapter: engine.Adapter, file: File) -> None:
     """Give every piece its tensors; a key left over, or missing, is an error that names it."""
+    folder, config, extra = file.folder, file.config, file.extra
+    tensors = dict(file.tensors)
     plain = config.get("peft_type") != "INLAY"
     found = _tensors(adapter, plain)[0]
     for key in found.keys() & tensors.keys():
@@ -357,7 +363,6 @@ def _fill(
                 f"{folder / files.WEIGHTS}: {key!r} holds {tensors[key].dtype}, where {found[key].dtype} is needed: "
                 "the file is damaged, or not an adapter"
             )
-    tensors = dict(tensors)
     for number, (method, placed) in enumerate(zip(adapter.methods, adapter.placed, strict=True)):
         mine = tensors if plain else _numbered(tensors, number)
         method.import_(placed, mine, _numbered(extra, number))

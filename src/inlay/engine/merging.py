@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from inlay.engine.host import inlays_of
+from inlay.engine.host import Inlays, inlays_of
 from inlay.engine.piece import Piece
+from inlay.engine.walk import modules
 from inlay.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from inlay.engine.adapters import Adapters
 
-Merged = dict[str, tuple[nn.Module, dict[str, Tensor]]]
-"""By host path, the host, and what those of its parameters that change become."""
+Merged = tuple[str, nn.Module, dict[str, Tensor]]
+"""A host's path, the host, and what those of its parameters that change become."""
+
+
+def merged_parameters(adapters: Adapters) -> Iterator[Merged]:
+    """The parameters that change, host by host. Sums are formed in fp32 and rounded once, to the base's dtype.
+
+    Only the hosts of the active adapters are looked at. Raises UnsupportedError before the first of them is given.
+    """
+    found = {site.path: inlays_of(site.module) for site, _ in adapters.active_pieces()}
+    places = {path: inlays for path, inlays in found.items() if inlays is not None}
+    for path, inlays in places.items():
+        _refuse_unmergeable(path, inlays.host, list(inlays.pieces(adapters.state.active, None)))
+    return ((path, inlays.host, _changes(inlays, adapters)) for path, inlays in places.items())
 
 
 @torch.no_grad()
-def merged_parameters(adapters: Adapters) -> Merged:
-    """The parameters that change. Sums are formed in fp32 and rounded once, to the base's dtype.
-
-    Only the hosts of the active adapters are looked at.
-    """
-    changed: Merged = {}
-    for site, _ in adapters.active_pieces():
-        path, module, inlays = site.path, site.module, inlays_of(site.module)
-        if path in changed or inlays is None:
-            continue
-        new: dict[str, Tensor] = {}
-        layers = list(inlays.pieces(adapters.state.active, None))
-        if layers:
-            _refuse_unmergeable(path, module, layers)
-            onion = inlays.call()
-            weight = onion.weight()
-            new["weight"] = weight.T if inlays.transposed else weight
-            bias = onion.bias()
-            if bias is not None:
-                new["bias"] = bias
-        for name in inlays.parameters_touched() - set(new):
-            if any(True for _ in inlays.pieces(adapters.state.active, name)):
-                new[name] = inlays.value(name, inlays.original(name))
-        changed[path] = module, new
-    return changed
+def _changes(inlays: Inlays, adapters: Adapters) -> dict[str, Tensor]:
+    new: dict[str, Tensor] = {}
+    if any(True for _ in inlays.pieces(adapters.state.active, None)):
+        onion = inlays.call()
+        weight = onion.weight()
+        new["weight"] = weight.T if inlays.transposed else weight
+        bias = onion.bias()
+        if bias is not None:
+            new["bias"] = bias
+    for name in inlays.parameters_touched() - set(new):
+        if any(True for _ in inlays.pieces(adapters.state.active, name)):
+            new[name] = inlays.value(name, inlays.original(name))
+    return new
 
 
 def _refuse_unmergeable(path: str, module: nn.Module, layers: list[Piece]) -> None:
@@ -62,11 +65,26 @@ def _refuse_unmergeable(path: str, module: nn.Module, layers: list[Piece]) -> No
             )
 
 
-def swap(adapters: Adapters, changed: Merged) -> None:
+@torch.no_grad()
+def fold(model: nn.Module, adapters: Adapters, changed: Iterator[Merged]) -> None:
+    """Write the merged parameters over the base's own; one that another module reads too is replaced here instead."""
+    places = Counter(id(parameter) for _, m in modules(model) for parameter in m._parameters.values())
+    for _, module, values in changed:
+        for name, value in values.items():
+            original = module._parameters.get(name)
+            if original is None or places[id(original)] > 1:
+                like = module._parameters["weight"] if original is None else original
+                assert like is not None
+                module._parameters[name] = nn.Parameter(value.to(like.dtype).contiguous().clone(), requires_grad=False)
+            else:
+                original.copy_(value)
+
+
+def swap(adapters: Adapters, changed: Iterator[Merged]) -> None:
     """Put the merged parameters in, keeping the originals; parameters that were tied and merge alike stay tied."""
     kept = {_storage(tensor) for _, piece in adapters.active_pieces() for tensor in _tensors(piece)}
     made: dict[int, list[nn.Parameter]] = {}  # by the identity of the original
-    for path, (module, values) in changed.items():
+    for path, module, values in changed:
         for name, value in values.items():
             original = module._parameters.get(name)
             like = module._parameters["weight"] if original is None else original  # a bias that the base lacks

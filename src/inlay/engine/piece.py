@@ -64,6 +64,22 @@ class Piece(nn.Module):
         """One piece in place of these, of several adapters by their number in the bank; None where there is none."""
         return None
 
+    def values_of(self, other: Piece) -> list[tuple[Tensor, Tensor]]:
+        """(own tensor, value) for each tensor of this piece: with them it computes what `other` computes.
+
+        Raises CheckpointError where no values make it so, as when sizes or settings differ.
+        """
+        own, its = ({**dict(piece.named_parameters()), **dict(piece.named_buffers())} for piece in (self, other))
+        if own.keys() != its.keys():
+            raise CheckpointError(f"it has other tensors ({', '.join(its)}) than there are here ({', '.join(own)})")
+        for name, tensor in own.items():
+            if tensor.shape != its[name].shape:
+                raise CheckpointError(f"its {name} is {tuple(its[name].shape)}, and {tuple(tensor.shape)} here")
+        for (name, here), there in zip(_settings(self).items(), _settings(other).values(), strict=True):
+            if here != there:
+                raise CheckpointError(f"its {name} is {there!r}, and {here!r} here")
+        return [(tensor, its[name]) for name, tensor in own.items()]
+
     def file_tensors(self) -> dict[str, Tensor]:
         """This piece's tensors by their name in a checkpoint file, after the path of the host (see `Method.export`)."""
         return dict(self.named_parameters())
@@ -211,8 +227,19 @@ class Method:
         raise UnsupportedError(f"{cls.__name__} cannot be read from a HF peft config")
 
 
+SETTING = (bool, int, float, str, tuple, torch.dtype)
 KINDS: dict[str, type[Method]] = {}
 """Methods whose file has been imported, by kind; `engine.registry` imports on demand."""
+
+
+def _settings(piece: Piece) -> dict[str, Any]:
+    """The numbers and names that decide what a piece computes outside training."""
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, module in piece.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, SETTING) and name not in ("training", "dropout", "parameter") and name[0] != "_"
+    }
 
 
 def take(tensors: dict[str, Tensor], key: str, shape: torch.Size) -> Tensor:

@@ -272,6 +272,8 @@ class LoRAPiece(Piece):
         return self.groups == 1 or self.lora_A.shape[1] == self.shape[1]
 
     def weight(self, weight: Tensor) -> Tensor:
+        if self.kind == "linear" and self.start is None:  # one sum, without B A by itself
+            return torch.addmm(weight.to(self.lora_A.dtype), self.lora_B, self.lora_A, alpha=self.scale)
         return weight + self.delta()
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
@@ -315,23 +317,26 @@ class LoRAPiece(Piece):
         if type(other) is not type(self):
             raise CheckpointError(f"it is {type(other).__name__}, and {type(self).__name__} here")
         own, its = self._tensors(), other._tensors()
+        whole = self.groups == 1 and not (self.kind == "parameter" and len(self.shape) == 3)
         if own.keys() != its.keys():
             raise CheckpointError(f"it has {', '.join(its)}, and there is {', '.join(own)} here")
         if other.scale != self.scale:
             scaled = {name for name in its if name.startswith(("lora_B", "start_B", "lora_bias"))}
             its = {name: t * (other.scale / self.scale) if name in scaled else t for name, t in its.items()}
-        return [(tensor, _padded(name, its[name], tensor, self.groups)) for name, tensor in own.items()]
+        return [(tensor, _padded(name, its[name], tensor, whole)) for name, tensor in own.items()]
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
 
-def _padded(name: str, tensor: Tensor, like: Tensor, groups: int) -> Tensor:
-    """`tensor` in the shape of `like`: zeros for the ranks that it lacks. Raises CheckpointError where it has more."""
+def _padded(name: str, tensor: Tensor, like: Tensor, whole: bool) -> Tensor:
+    """`tensor` in the shape of `like`: zeros for the ranks that it lacks, where these are not several times as many
+    (`whole`). Raises CheckpointError where it has more ranks, or other sizes.
+    """
     dim = 1 if name.endswith("_B") else 0
     more = like.shape[dim] - tensor.shape[dim]
     others = [(a, b) for n, (a, b) in enumerate(zip(tensor.shape, like.shape, strict=False)) if n != dim]
-    if tensor.dim() != like.dim() or any(a != b for a, b in others) or more < 0 or (more and groups > 1):
+    if tensor.dim() != like.dim() or any(a != b for a, b in others) or more < 0 or (more and not whole):
         raise CheckpointError(
             f"its {name} is {tuple(tensor.shape)}, which does not fit into the {tuple(like.shape)} here"
         )

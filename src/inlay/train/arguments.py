@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from inlay.engine.piece import Method
 from inlay.errors import ConfigError
 from inlay.train.run import Run
+from inlay.train.settings import OWN_ARGUMENTS
 
 LEARNING_RATE = 1e-3
 """For methods that name no `learning_rate` of their own: a few small matrices want ten times what a model wants."""
@@ -67,7 +68,8 @@ def training_arguments(run: Run, folder: Path, metric: tuple[str, bool]) -> Trai
         "remove_unused_columns": False,  # the task has made exactly what the model takes
         "dataloader_pin_memory": run.train.get("dataloader_pin_memory", torch.cuda.is_available()),
     }
+    theirs = {name: value for name, value in run.train.items() if name not in OWN_ARGUMENTS}
     try:
-        return TrainingArguments(**{**run.train, **fixed})
+        return TrainingArguments(**{**theirs, **fixed})
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"the `train:` settings do not work together: {' '.join(str(error).split())}") from error

@@ -23,6 +23,7 @@ import yaml
 from inlay.engine import catalogue
 from inlay.errors import ConfigError, did_you_mean
 from inlay.train import settings as read
+from inlay.train.options import Options
 
 if TYPE_CHECKING:
     from inlay.engine.piece import Method
@@ -100,7 +101,7 @@ class Run:
         """A run from nested plain settings, as YAML has them. Raises ConfigError naming the key and its section."""
         settings = read.renamed(settings, read.ALIASES, where)
         names = [field.name for field in dataclasses.fields(cls)]
-        arguments = {**read.training_arguments(), **dict.fromkeys(read.TRAIN_ALIASES, "")}
+        arguments = {**read.training_arguments(), **read.OWN_ARGUMENTS, **dict.fromkeys(read.TRAIN_ALIASES, "")}
         for key in list(settings):
             if key in names:
                 continue
@@ -281,11 +282,13 @@ def _train(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"train must be a mapping of training arguments; got {value!r}")
     value = read.renamed(value, read.TRAIN_ALIASES, "train")
-    known = read.training_arguments()
+    known = {**read.training_arguments(), **read.OWN_ARGUMENTS}
     for key in value:
         if key in RESERVED:
             raise ConfigError(f"train.{key} is decided by the run itself: use {RESERVED[key]}")
         if key in {field.name for field in dataclasses.fields(Run)}:
             raise ConfigError(f"train has no setting {key!r}: it belongs at the top level, not in the `train:` section")
     read.known_only(value, known, "train")
-    return {key: read.check_type(entry, known[key], f"train.{key}") for key, entry in value.items()}
+    settings = {key: read.check_type(entry, known[key], f"train.{key}") for key, entry in value.items()}
+    Options.of(settings)
+    return settings

@@ -54,6 +54,19 @@ TRAIN_ALIASES = {
 """Names that transformers has dropped, or that other libraries use, for what it has under another name."""
 
 
+OWN_ARGUMENTS: dict[str, str] = {
+    "cache_frozen": "str",
+    "cache_frozen_budget": "int | str",
+    "cache_frozen_dtype": "str",
+    "frozen_dropout": "bool",
+    "activation_budget": "int | str",
+    "chunked_loss": "bool",
+}
+"""Settings of the `train:` section that are Inlay's own, each with its type; they never reach TrainingArguments.
+
+What they may be is checked in `options.py`."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which `1e-3` is a number: YAML 1.1 wants a dot in it, and nobody writes one."""
 

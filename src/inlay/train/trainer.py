@@ -8,6 +8,7 @@ random depends on the seed, the epoch and the rows alone, so a resumed run sees 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from inlay.engine.adapters import controllers
 from inlay.engine.checkpoint import save
 from inlay.errors import TrainingError
+from inlay.train.around import Around
 from inlay.train.callbacks import Controllers, Curve
 from inlay.train.checkpoints import STATE_FILE, keep_last
 from inlay.train.files import staged, write_json
@@ -40,7 +42,8 @@ class Trainer(transformers.Trainer):
 
     `evaluate_with(model)` gives the metrics of the validation rows (None: there are none), and `metric` is the name of
     the one that chooses the best checkpoint, with whether greater is better. Checkpoints go to `args.output_dir`.
-    `resume` is a checkpoint whose adapter the model already holds.
+    `resume` is a checkpoint whose adapter the model already holds. `around` stand around each forward pass, the last
+    one outermost.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Trainer(transformers.Trainer):
         metric: tuple[str, bool] = ("loss", False),
         resume: Path | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        around: Sequence[Around] = (),
     ) -> None:
         saved = torch.load(resume / STATE_FILE, weights_only=True) if resume is not None else {}
         collate = SeededCollator(collator, args.seed)
@@ -69,6 +73,7 @@ class Trainer(transformers.Trainer):
         self.remove_callback(PrinterCallback)
         self.adapted = model  # transformers may put wrappers around it; this is the one that we were given
         self.curve, self.evaluate_with, self.metric, self.resume = curve, evaluate_with, metric, resume
+        self.around = list(around)
         self.started = time.monotonic() - saved.get("seconds", 0.0)
         self.folder = Path(cast(str, args.output_dir))
         self._staging: Path | None = None
@@ -89,7 +94,14 @@ class Trainer(transformers.Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The model's loss, and what the methods add to it."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        compute = super().compute_loss
+
+        def forward(inputs: Mapping[str, Any]) -> Any:
+            return compute(model, dict(inputs), True, num_items_in_batch)
+
+        for around in self.around:
+            forward = functools.partial(around, self, forward)
+        loss, outputs = forward(inputs)
         extra = [term for c in controllers(model) if (term := c.extra_loss()) is not None]
         if extra:
             # Where the model has already averaged over the accumulated batches, nobody divides by their number again.
@@ -110,6 +122,10 @@ class Trainer(transformers.Trainer):
             self.curve.step_loss, self._loss = self._loss, 0.0
         return loss
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Nothing: the Trainer's estimate takes all parameters for trained, and walks over them at every step."""
+        return 0
+
     def _not_a_number(self, value: float) -> str:
         last = sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
         kept = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint had been written yet"
@@ -128,7 +144,9 @@ class Trainer(transformers.Trainer):
         """The task's metrics on the validation rows; random states are left as they were. Keeps the best adapter."""
         if self.evaluate_with is None:
             return {}
-        with untouched_random_states():
+        with untouched_random_states(), contextlib.ExitStack() as stack:
+            for around in self.around:
+                stack.enter_context(around.evaluating(self))
             figures = {name: float(value) for name, value in self.evaluate_with(self.adapted).items()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(dict(metrics))

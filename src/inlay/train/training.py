@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,15 @@ from inlay.engine.checkpoint import load, save
 from inlay.engine.summary import summary
 from inlay.errors import ConfigError, TrainingError
 from inlay.train import arguments
+from inlay.train.activations import ActivationBudget
+from inlay.train.around import Around
+from inlay.train.cache import FrozenCache
 from inlay.train.callbacks import Curve, Progress, Stop
 from inlay.train.chart import loss_chart
 from inlay.train.checkpoints import checkpoints, last_checkpoint, recover, step_of
 from inlay.train.files import MARKER, folder_bytes, staged, write_json, write_text
+from inlay.train.head_loss import ChunkedHeadLoss
+from inlay.train.options import Options
 from inlay.train.prepare import Prepared, prepare, same_run, whole_modules
 from inlay.train.record import (
     ADAPTER,
@@ -156,6 +161,12 @@ def make_trainer(ready: Prepared, out: Path, checkpoint: Path | None, progress: 
         rows = ready.splits["validation"]
         return measured(task.evaluate(model, tokenizer, rows, batch_size=args.per_device_eval_batch_size))
 
+    bars = [Progress(curve)] if progress else []
+
+    def say(line: str) -> None:
+        for bar in bars:
+            bar.say(line)
+
     trainer = Trainer(
         model=model,
         args=args,
@@ -165,9 +176,19 @@ def make_trainer(ready: Prepared, out: Path, checkpoint: Path | None, progress: 
         evaluate_with=evaluate if "validation" in ready.splits else None,
         metric=task.primary_metric,
         resume=checkpoint,
-        callbacks=[stop, *([Progress(curve)] if progress else [])],
+        callbacks=[stop, *bars],
+        around=around_forward(Options.of(ready.run.train), say),
     )
     return trainer, stop
+
+
+def around_forward(options: Options, say: Callable[[str], None]) -> list[Around]:
+    """What the run's settings put around each training forward, innermost first."""
+    around: list[Around] = [ChunkedHeadLoss()] if options.chunked_loss else []
+    around.append(FrozenCache(options, say))
+    if options.activation_budget is not None:
+        around.append(ActivationBudget(options.activation_budget, say))
+    return around
 
 
 def fit(trainer: Trainer, stop: Stop, out: Path) -> None:
@@ -188,6 +209,8 @@ def fit(trainer: Trainer, stop: Stop, out: Path) -> None:
             f"stopped at step {done} of {total}, with a checkpoint; go on with: "
             f"inlay train --resume --out {shlex.quote(str(out))}"
         )
+    for around in trainer.around:
+        around.close()
 
 
 def finish(ready: Prepared, trainer: Trainer, out: Path) -> int:
