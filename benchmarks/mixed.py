@@ -4,9 +4,10 @@
     python benchmarks/mixed.py --only 1-token # parts by the beginning of their names
     python benchmarks/mixed.py --quick        # 3 rounds, to results/short/
 
-LoRA r8 on all linears of a bf16 Llama, 32 sequences, one forward without gradients. "inlay" is `per_row` with the rows
-of the call before, as when a batch is decoded token by token; "inlay, other rows" shuffles them before every call. "peft"
-is `adapter_names` as it comes, "peft(n)" the same with `autocast_adapter_dtype=False`. The protocol is in `_protocol.py`.
+LoRA r8 on all linears of a bf16 Llama, 32 sequences, one forward without gradients. "inlay" is `per_row` with the
+rows of the call before, as when a batch is decoded token by token; "inlay, other rows" shuffles them before every
+call. "peft" is `adapter_names` as it comes, "peft(n)" the same with `autocast_adapter_dtype=False`. The protocol is in
+`_protocol.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import inlay
 
 RANK, ALPHA, SEQUENCES = 8, 4.8, 32
 TOLERANCE = 5e-2
-"""Of the logits, relative to their norm: the base's own rounding to bf16 sets it. Also no more than 1.25 × peft(n)'s."""
+"""Of the logits, relative to their norm: the base's own rounding to bf16 sets it. Also ≤ 1.25 × peft(n)'s error."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,11 @@ VERBS = {
     "save",
     "load",
     "controllers",
+    "fuse",
+    "hot_swap",
+    "per_row",
+    "switchable",
+    "weigh",
 }
 
 

@@ -26,6 +26,7 @@ _PLACES = {
     "per_row": "inlay.engine.bank",
     "switchable": "inlay.engine.bank",
     "weigh": "inlay.engine.bank",
+    "hot_swap": "inlay.engine.hot_swap",
     "summary": "inlay.engine.summary",
     "save": "inlay.engine.checkpoint",
     "load": "inlay.engine.checkpoint",
@@ -36,6 +37,7 @@ _PLACES = {
     "SiteIndex": "inlay.engine.sites",
     "InlayError": "inlay.errors",
 }
+
 
 def __getattr__(name: str) -> Any:
     module = _PLACES.get(name) or classes().get(name)

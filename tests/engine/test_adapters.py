@@ -161,6 +161,24 @@ def test_tied_weights_merge_apart_when_only_one_owner_is_adapted(ids: torch.Tens
     torch.testing.assert_close(net(ids), expected)
     inlay.unmerge(net)
     assert net.out.weight is net.embed.weight
+    inlay.merge(net, keep_base=False)
+    torch.testing.assert_close(net(ids), expected)
+    assert net.out.weight is not net.embed.weight
+
+
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_tied_weights_that_merge_alike_stay_tied(keep_base: bool) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    inlay.attach(net, inlay.LoRA(r=2, targets="all-linear", init="random"))
+    one, other = (net.get_submodule(f"{n}.inlays.default.lora") for n in (0, 1))
+    other.load_state_dict(one.state_dict())
+    before, x = net[0].weight.clone(), torch.randn(3, 4)
+    expected = net(x)
+    inlay.merge(net, keep_base=keep_base)
+    assert net[0].weight is net[1].weight
+    assert not torch.equal(net[0].weight, before)
+    torch.testing.assert_close(net(x), expected)
 
 
 def test_deepcopy_and_pickle_keep_adapters_working_and_apart(net: Net, ids: torch.Tensor) -> None:

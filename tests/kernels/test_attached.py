@@ -264,6 +264,18 @@ def test_what_comes_in_and_what_comes_out_may_be_changed_in_place_as_before(kind
 
 
 @KINDS
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_shapes_alone(kind: str, p: float) -> None:
+    """On the device without memory, which has no autocast to ask about."""
+    with torch.device("meta"):
+        model, x = attached(kind, dropout=p), torch.randn(9, 6, requires_grad=True)
+    y = model(x)
+    y.sum().backward()
+    assert (y.shape, y.device.type) == (attached(kind)(torch.randn(9, 6)).shape, "meta")
+    assert all(parameter.grad is not None for parameter in trained(model).values())
+
+
+@KINDS
 def test_copies_and_inference_mode(kind: str) -> None:
     model, x = attached(kind), torch.randn(9, 6)
     y = model(x)

@@ -183,3 +183,17 @@ def test_autocast_around_the_forward_and_around_the_backward_or_not() -> None:
     for one, other, expected in zip(inside, outside, gradients(truth, *alone), strict=True):
         assert torch.equal(one, other)
         close(one, expected, 8, torch.bfloat16)
+
+
+def test_a_quantised_weight_is_decoded_and_not_kept() -> None:
+    g, u, bias, a, b, _ = operands(dtype=torch.float64)
+    codes = torch.randint(-99, 99, (OUT, M), dtype=torch.int8)
+    base = Linear(codes, bias, g.dtype, lambda weight, dtype: weight.to(dtype) / 64)
+    parts = [g, u, bias, a, b]
+    with kept(*parts, codes) as found:
+        y = adapted(F.silu, g, u, base, a, b, SCALE)
+    assert [t.shape for t in found] == [(T, R)]
+    truth = plain(F.silu, [*parts, codes.double() / 64])
+    close(y, truth, 8)
+    for one, other in zip(gradients(y, *parts), gradients(truth, *parts), strict=True):
+        close(one, other, 16)

@@ -219,3 +219,25 @@ def test_autocast_around_the_forward() -> None:
     for one, other in zip(inside, outside, strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one, other)
+
+
+def test_quantised_weights_are_decoded_and_not_kept() -> None:
+    """Each with the function that gives its values; some may be plain."""
+
+    def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return codes.to(dtype) / 64
+
+    x, made = leaf(T, IN, dtype=torch.float64), family(torch.float64)
+    codes = [torch.randint(-99, 99, (out, IN), dtype=torch.int8) for out in OUTS[:2]]
+    bases = [Linear(w, m.base.bias, torch.float64, decode) for w, m in zip(codes, made[:2], strict=True)]
+    quantised = [m._replace(base=base) for m, base in zip(made, [*bases, made[2].base], strict=True)]
+    plain = [m._replace(base=b._replace(weight=b.weight.double() / (64 if b.decode else 1)))
+             for m in quantised for b in [m.base]]  # fmt: skip
+    parts = [x, *tensors_of(made)]
+    with kept(*parts, *codes, made[2].base.weight) as found:
+        y = weighted(adapted(x, quantised))
+    assert [t.shape for t in found] == [(T, sum(RANKS))]
+    truth = weighted(one_by_one(x, plain))
+    close(y, truth, 8)
+    for one, other in zip(gradients(y, *parts), gradients(truth, *parts), strict=True):
+        close(one, other, 16)

@@ -259,6 +259,24 @@ def test_5_merged_equals_unmerged_and_unmerge_restores_the_bits(row: Row, host: 
         assert torch.equal(output(model, host), expected)
 
 
+@every
+def test_5_merged_for_good_is_a_plain_model_with_the_merged_bits(row: Row, host: str) -> None:
+    model = row.attached(host)
+    expected, before = output(model, host), snapshot(model)
+    if not row.mergeable:
+        with pytest.raises(UnsupportedError, match="not a change of the weights"):
+            inlay.merge(model, keep_base=False)
+        assert snapshot(model) == before
+        return
+    inlay.merge(model)
+    merged = base_bits(model)
+    inlay.merge(model, keep_base=False)
+    assert [type(module) for module in model.modules()] == [type(module) for module in fresh(host).modules()]
+    assert base_bits(model) == merged
+    assert model.state_dict().keys() == merged.keys()
+    close(output(model, host), expected, 1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 @cases(lambda row: [row.first])

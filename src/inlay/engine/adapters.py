@@ -315,7 +315,8 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
     The base's own parameters are kept aside, so `unmerge` restores the very bits. With `keep_base=False` they are
     written over, which takes no memory, and every adapter is detached: the model is a plain one with new weights.
 
-    Raises UnsupportedError, before anything is changed, when an active adapter holds a piece that is not a change of the weights.
+    Raises UnsupportedError, before anything is changed, when an active adapter holds a piece that is not a change of
+    the weights.
     """
     adapters = adapters_of(model)
     if adapters.state.bank is not None:

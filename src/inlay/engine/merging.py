@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Merged = tuple[str, nn.Module, dict[str, Tensor]]
 """A host's path, the host, and what those of its parameters that change become."""
+Made = dict[int, list[nn.Parameter]]
+"""What was put in so far, by the identity of what was there."""
 
 
 def merged_parameters(adapters: Adapters) -> Iterator[Merged]:
@@ -69,36 +71,47 @@ def _refuse_unmergeable(path: str, module: nn.Module, layers: list[Piece]) -> No
 def fold(model: nn.Module, adapters: Adapters, changed: Iterator[Merged]) -> None:
     """Write the merged parameters over the base's own; one that another module reads too is replaced here instead."""
     places = Counter(id(parameter) for _, m in modules(model) for parameter in m._parameters.values())
+    made: Made = {}
     for _, module, values in changed:
         for name, value in values.items():
             original = module._parameters.get(name)
-            if original is None or places[id(original)] > 1:
-                like = module._parameters["weight"] if original is None else original
-                assert like is not None
-                module._parameters[name] = nn.Parameter(value.to(like.dtype).contiguous().clone(), requires_grad=False)
-            else:
+            if original is not None and places[id(original)] == 1:
                 original.copy_(value)
+            else:
+                like = _like(module, original)
+                module._parameters[name] = _shared(made, original, value.to(like.dtype).contiguous().clone())
 
 
 def swap(adapters: Adapters, changed: Iterator[Merged]) -> None:
     """Put the merged parameters in, keeping the originals; parameters that were tied and merge alike stay tied."""
     kept = {_storage(tensor) for _, piece in adapters.active_pieces() for tensor in _tensors(piece)}
-    made: dict[int, list[nn.Parameter]] = {}  # by the identity of the original
+    made: Made = {}
     for path, module, values in changed:
         for name, value in values.items():
             original = module._parameters.get(name)
-            like = module._parameters["weight"] if original is None else original  # a bias that the base lacks
-            assert like is not None
+            like = _like(module, original)
             merged = value.detach().to(like.dtype).contiguous()
             if _storage(merged) in kept or _storage(merged) == _storage(like):
                 merged = merged.clone()  # a piece may give a tensor that it keeps, or the base's own
-            parameter = nn.Parameter(merged, requires_grad=False)
-            if original is not None:
-                alike = made.setdefault(id(original), [])
-                parameter = next((p for p in alike if torch.equal(p, parameter)), parameter)
-                alike.append(parameter)
             adapters.originals.setdefault(path, {})[name] = original
-            module._parameters[name] = parameter
+            module._parameters[name] = _shared(made, original, merged)
+
+
+def _like(module: nn.Module, original: nn.Parameter | None) -> nn.Parameter:
+    """Whose dtype the merged parameter takes: its own, or the weight's for a bias that the base lacks."""
+    like = module._parameters["weight"] if original is None else original
+    assert like is not None
+    return like
+
+
+def _shared(made: Made, original: nn.Parameter | None, merged: Tensor) -> nn.Parameter:
+    """The parameter to put in: one made before, where the two were one and are equal again."""
+    alike = made.setdefault(id(original), []) if original is not None else []
+    found = next((parameter for parameter in alike if torch.equal(parameter, merged)), None)
+    if found is None:
+        found = nn.Parameter(merged, requires_grad=False)
+        alike.append(found)
+    return found
 
 
 def _tensors(piece: nn.Module) -> list[Tensor]:

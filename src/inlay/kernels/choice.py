@@ -26,15 +26,19 @@ def fusible(*tensors: Tensor | None) -> bool:
     return not (traced or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x; there is none for "meta"."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear called on x would compute: autocast's where it applies, that of x otherwise."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if autocasting(x) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A backward computes in the dtype of its forward, also where it is called inside autocast."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else contextlib.nullcontext()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inlay.kernels import low_rank, products
-from inlay.kernels.choice import compute_dtype, fusible, without_autocast
+from inlay.kernels.choice import autocasting, compute_dtype, fusible, without_autocast
 
 if TYPE_CHECKING:
     from inlay.engine.host import Inner
@@ -55,7 +55,7 @@ def suits(base: Linear, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a kernel computes what the base would for this x: in the same dtype, and not slower."""
     if base.decode is not None and not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]:
         return False  # a library's own kernel for decoding token by token beats values and a product
-    return base.dtype == dtype or torch.is_autocast_enabled(x.device.type)
+    return base.dtype == dtype or autocasting(x)
 
 
 class LowRankLinear(torch.autograd.Function):

@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     from inlay.methods.lora import LoRAPiece
 
 Pair = tuple[Tensor, Tensor]
+State = tuple[Any, ...] | None
 
 WIDE = 128
 """Up to so many adapters times tokens a row, one wide product costs less than gathering."""
 FEW_TOKENS = 4
 """Up to so many tokens a row, kept matrices are in fp32: the batched product of half-precision vectors is slower."""
-VERSION = operator.attrgetter("_version")
+A, B, VERSION = operator.itemgetter("lora_A"), operator.itemgetter("lora_B"), operator.attrgetter("_version")
 
 
 class BankedLoRA(Piece):
@@ -46,18 +47,22 @@ class BankedLoRA(Piece):
         self.layout: Layout = tuple(zip(pieces, ranks, strict=True))
         self.alike = len(set(ranks)) == 1
         self.drops = any(piece.dropout for piece in self.of)
+        # Where each A and B is found at every call, since it may be replaced. A frozen A is a buffer.
+        self._of_a = [p._parameters if "lora_A" in p._parameters else p._buffers for p in self.of]
+        self._of_b = [p._parameters for p in self.of]
         self._stack: tuple[Any, Pair] | None = None
         self._own: tuple[Any, Tensor, Pair | None] | None = None
 
     def forward(self, inner: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         rate = self._rate() if self.drops else 0.0
         rows, dtype = self.bank.rows, compute_dtype(x)
+        state = self._state(dtype)
         if rows is not None:
             repeats(x, len(rows))
-            own = None if rate or not self.alike else self._own_of_rows(x, dtype, len(rows))
+            own = None if rate or not self.alike else self._own_of_rows(x, dtype, len(rows), state)
             if own is not None:
                 return _batched(inner, x, *own)
-        a, b = self._stacked(dtype)
+        a, b = self._stacked(dtype, state)
         return kernel.adapted(inner, x, a, b.t(), 1.0, rate, self.bank.gate(self.layout, x, dtype))
 
     def _rate(self) -> float:
@@ -66,31 +71,29 @@ class BankedLoRA(Piece):
             raise UnsupportedError(f"adapters with dropout {sorted(rates)} cannot train in one batch: use equal rates")
         return rates.pop()
 
-    def _own_of_rows(self, x: Tensor, dtype: torch.dtype, rows: int) -> Pair | None:
+    def _own_of_rows(self, x: Tensor, dtype: torch.dtype, rows: int, state: State) -> Pair | None:
         """Each row's A (rows, r, in) and s Bᵀ (rows, r, out); None where the wide way costs less."""
         tokens = x.numel() // (rows * x.shape[-1])
-        wide, state = len(self.of) * tokens <= WIDE, self._state(dtype)
+        wide = len(self.of) * tokens <= WIDE
         if state is None or rows > 2 * len(self.of):  # kept, they would take more than twice the memory of the stack
-            return None if wide else self._gathered(dtype, dtype)
+            return None if wide else self._gathered(dtype, dtype, state)
         few = tokens <= FEW_TOKENS and x.device.type == "cpu" and x.dtype == dtype != torch.float64
-        state = (few, *state)
-        index, known = self.bank.index, self._own
-        if known is None or known[0] != state or known[1] is not index:
-            self._own = state, index, None if wide else self._gathered(dtype, torch.float32 if few else dtype)
+        kept, index, known = torch.float32 if few else dtype, self.bank.index, self._own
+        if known is None or known[0] != (few, state) or known[1] is not index:
+            known = (few, state), index, None if wide else self._gathered(dtype, kept, state)
         elif known[2] is None:  # the same rows for the second time: there may well be a third
-            self._own = state, index, self._gathered(dtype, torch.float32 if few else dtype)
-        assert self._own is not None
-        return self._own[2]
+            known = *known[:2], self._gathered(dtype, kept, state)
+        self._own = known
+        return known[2]
 
-    def _gathered(self, dtype: torch.dtype, kept: torch.dtype) -> Pair:
-        stacked = self._stacked(dtype)
+    def _gathered(self, dtype: torch.dtype, kept: torch.dtype, state: State) -> Pair:
+        stacked = self._stacked(dtype, state)
         place, here = (t.to(stacked[0].device) for t in self.bank.places(self.layout))
         a, b = (t.view(len(self.of), -1, t.shape[1]).index_select(0, place).to(kept) for t in stacked)
         return a, b * here.to(kept)
 
-    def _stacked(self, dtype: torch.dtype) -> Pair:
+    def _stacked(self, dtype: torch.dtype, state: State) -> Pair:
         """All A (n r, in), and all s Bᵀ (n r, out); kept, without gradients, until some parameter changes."""
-        state = self._state(dtype)
         if state is not None and self._stack is not None and self._stack[0] == state:
             return self._stack[1]
         a = torch.cat([piece.lora_A for piece in self.of])
@@ -100,14 +103,13 @@ class BankedLoRA(Piece):
         self._stack = state, (a.to(dtype), b.to(dtype))
         return self._stack[1]
 
-    def _state(self, dtype: torch.dtype) -> tuple[Any, ...] | None:
+    def _state(self, dtype: torch.dtype) -> State:
         """What tells whether kept matrices still hold; None where nothing is kept."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        factors = [piece._parameters.get("lora_A", piece._buffers.get("lora_A")) for piece in self.of]
-        factors += [piece._parameters["lora_B"] for piece in self.of]
+        factors = [*map(A, self._of_a), *map(B, self._of_b)]
         try:
-            return dtype, *map(Tensor.data_ptr, factors), *map(VERSION, factors)  # type: ignore[arg-type]
+            return dtype, *map(Tensor.data_ptr, factors), *map(VERSION, factors)
         except RuntimeError:  # made in inference mode: no version tells of a change
             return None
 
