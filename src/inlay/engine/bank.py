@@ -238,8 +238,9 @@ def _bank(model: nn.Module, adapters: Adapters, names: tuple[str, ...]) -> Bank:
             for site, piece in adapters.get(name).pieces():
                 if kind_of(site.module) not in ROWS_STAY or site.owner is not None or "expert" in site.path:
                     raise UnsupportedError(
-                        f"adapter {name!r} cannot be chosen row by row: {type(piece).__name__} at {site.name} works on "
-                        "the whole batch; run its rows by themselves, with inlay.using(model, ...)"
+                        f"adapter {name!r} cannot be chosen row by row: {type(piece).__name__} at "
+                        f"{site.name or 'the model itself'} works on the whole batch; run its rows by themselves, with "
+                        "inlay.using(model, ...)"
                     )
         bank = Bank(names, next(iter(model.parameters())).device)
     adapters.banks[names] = bank

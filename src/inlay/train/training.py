@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import shutil
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 from inlay.engine.adapters import attach, detach
 from inlay.engine.checkpoint import load, save
 from inlay.engine.summary import summary
-from inlay.errors import ConfigError, TrainingError
+from inlay.errors import ConfigError, InlayError, TrainingError
 from inlay.train import arguments
 from inlay.train.activations import ActivationBudget
 from inlay.train.around import Around
@@ -78,7 +79,14 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
             clear(out)
         write_text(out / RUN_FILE, ready.run.to_yaml())
         write_json(out / TASK_FILE, ready.task.to_dict())
-    fit(trainer, stop, out)
+    try:
+        fit(trainer, stop, out)
+    except InlayError as error:
+        if main and not resume and trainer.state.global_step == 0 and not isinstance(error, TrainingError):
+            clear(out)  # a setting that showed on the first batch that it cannot be used: the run never began
+            with contextlib.suppress(OSError):  # not empty, or the working directory
+                out.rmdir()
+        raise
     best = finish(ready, trainer, out)
     record = Record(
         method=ready.run.to_dict()["method"],
@@ -123,10 +131,12 @@ def refuse_to_mix(out: Path, overwrite: bool) -> None:
 
 
 def clear(out: Path) -> None:
-    """Take an earlier run away, now that nothing else can keep the new one from starting."""
-    for name in _there(out):
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Take a run away: an earlier one, now that nothing else can keep the new one from starting, or one that could not."""
+    for path in (out / name for name in LEFT_BY_A_RUN):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _there(out: Path) -> list[str]:
