@@ -131,7 +131,7 @@ def refuse_to_mix(out: Path, overwrite: bool) -> None:
 
 
 def clear(out: Path) -> None:
-    """Take a run away: an earlier one, now that nothing else can keep the new one from starting, or one that could not."""
+    """Take a run away: an earlier one, now that nothing else can keep the new one from starting; one that could not."""
     for path in (out / name for name in LEFT_BY_A_RUN):
         if path.is_dir():
             shutil.rmtree(path)
