@@ -23,6 +23,7 @@ VERBS = {
     "controllers",
     "fuse",
     "hot_swap",
+    "pack",
     "per_row",
     "switchable",
     "weigh",

@@ -23,6 +23,7 @@ _PLACES = {
     "merge": "inlay.engine.adapters",
     "unmerge": "inlay.engine.adapters",
     "fuse": "inlay.methods._fusing",
+    "pack": "inlay.kernels.packed",
     "per_row": "inlay.engine.bank",
     "switchable": "inlay.engine.bank",
     "weigh": "inlay.engine.bank",

@@ -18,9 +18,8 @@ from torch import nn
 if TYPE_CHECKING:
     from inlay.engine.bank import Bank
 
-from inlay.engine import fused
 from inlay.engine.controller import Controller
-from inlay.engine.host import RESERVED, State, close_host, inlays_of, open_host, refresh_class
+from inlay.engine.host import RESERVED, State, close_host, hosts, inlays_of, open_host, refresh_class
 from inlay.engine.merging import fold, merged_parameters, swap
 from inlay.engine.piece import Method, Piece
 from inlay.engine.roles import new_heads
@@ -237,12 +236,13 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             if inlays is None:
                 continue
             inlays.remove(one)
-            if inlays._modules:
-                refresh_class(site.module)
-            else:
+            if inlays.empty:
                 close_host(site.module)
+            else:
+                refresh_class(site.module)
     if not adapters.loaded:
-        fused.remove(adapters)
+        for _, module, _ in [*hosts(model)]:  # what is left are fused and packed ones
+            close_host(module)
         del model.__dict__[ATTRIBUTE]
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(adapters.required_grad.get(parameter_name, parameter.requires_grad))

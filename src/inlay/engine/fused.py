@@ -32,6 +32,6 @@ def remove(adapters: Adapters) -> None:
         inlays = inlays_of(module)
         if inlays is not None:
             inlays.remove(FUSED)
-            if not inlays._modules:
+            if inlays.empty:
                 close_host(module)
     adapters.fused.clear()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,15 @@ class State:
         if self.merged:
             return ()
         return self.active if self.bank is None else self.bank
+
+
+class FewRows(Protocol):
+    """Called with the host in the place of the base's own `forward`: faster where x has few rows."""
+
+    most_rows: int
+
+    def __call__(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The base's output."""
 
 
 class Inner:
@@ -120,6 +129,7 @@ class Inlays(nn.Module):
         self.own_forward: Callable[..., Any] | None = host.__dict__.pop("forward", None)
         """A `forward` that somebody set on the instance (accelerate's device hooks do): it stays the innermost call."""
         self.held: dict[str, Tensor] | None = None
+        self.few_rows: FewRows | None = None
         self._forget()
         object.__setattr__(self, "host", host)  # not as a child: the host is above
 
@@ -145,6 +155,16 @@ class Inlays(nn.Module):
         if adapter in self._modules:
             del self._modules[adapter]
         self._forget()
+
+    def take_few_rows(self, function: FewRows | None) -> None:
+        """From now on the base is called through this function; None: as it is."""
+        self.few_rows = function
+        self._forget()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no reason any more to be a host."""
+        return not self._modules and self.few_rows is None
 
     def pieces(self, adapters: tuple[str, ...], parameter: str | None) -> Iterator[Piece]:
         """The pieces of these adapters, in order, that act on `parameter` (None: on the module's call)."""
@@ -208,7 +228,9 @@ class Inlays(nn.Module):
         return self._formed
 
     def _form(self, running: tuple[str, ...] | Bank) -> Layers:
-        base = base_class(type(self.host)).forward
+        base: Callable[..., Any] = base_class(type(self.host)).forward
+        if self.few_rows is not None and not torch.compiler.is_compiling():
+            base = self.few_rows
         onion = Inner(self, base, None, None)
         together = None if isinstance(running, tuple) else running.piece(self)
         names = (*running, FUSED) if isinstance(running, tuple) and running else ()
@@ -240,7 +262,9 @@ class Inlays(nn.Module):
         return {**self.__dict__, "_seen": None, "_formed": None, "held": None}
 
 
-RESERVED = frozenset(dir(Inlays)) | {FUSED, "state", "host", "transposed", "own_forward", "held", "training"}
+RESERVED = frozenset(dir(Inlays)) | {
+    FUSED, "state", "host", "transposed", "own_forward", "held", "few_rows", "training"
+}  # fmt: skip
 """Names that an adapter cannot have, because a host's `inlays` uses them itself."""
 
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from inlay.engine.host import Inlays
 
 PLAIN = (Tensor, nn.Parameter)
-
-
+FOUR_BIT_ROWS = 8
+"""Up to so many rows, bitsandbytes' own kernel for decoding token by token beats values and a product."""
 Decode = Callable[[Tensor, torch.dtype], Tensor]
 """Gives the values of a quantised weight, (out, in)."""
 
@@ -26,6 +26,8 @@ class Linear(NamedTuple):
     dtype: torch.dtype
     """In which it computes outside autocast."""
     decode: Decode | None = None
+    few_rows: int = 0
+    """At inference, the host's own call is faster for up to so many rows of x."""
 
 
 def plain_linear(inlays: Inlays) -> Linear | None:
@@ -42,7 +44,8 @@ def plain_linear(inlays: Inlays) -> Linear | None:
     if type(stored) not in PLAIN or host._parameters.get("bias", stored).__class__ not in (*PLAIN, type(None)):
         return None
     weight = inlays.value("weight", inlays.original("weight"))
-    return Linear(weight.t() if inlays.transposed else weight, inlays.bias_value(), weight.dtype)
+    few_rows = 0 if inlays.few_rows is None else inlays.few_rows.most_rows
+    return Linear(weight.t() if inlays.transposed else weight, inlays.bias_value(), weight.dtype, None, few_rows)
 
 
 def _four_bit(inlays: Inlays) -> Linear | None:
@@ -54,7 +57,7 @@ def _four_bit(inlays: Inlays) -> Linear | None:
         return None
     if inlays.value("weight", weight) is not weight:
         return None
-    return Linear(weight, inlays.bias_value(), host.compute_dtype or state.dtype, _dequantise)
+    return Linear(weight, inlays.bias_value(), host.compute_dtype or state.dtype, _dequantise, FOUR_BIT_ROWS)
 
 
 def _dequantise(weight: Any, dtype: torch.dtype) -> Tensor:

@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from inlay.engine.host import Inner
     from inlay.engine.linear import Decode, Linear
 
-FEW_ROWS = 8
-"""Up to so many rows, a quantised base is left to its own library at inference."""
-
-
 def adapted(
     inner: Inner, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float = 0.0, gate: Tensor | None = None
 ) -> Tensor:
@@ -53,8 +49,8 @@ def adapted(
 
 def suits(base: Linear, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a kernel computes what the base would for this x: in the same dtype, and not slower."""
-    if base.decode is not None and not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]:
-        return False  # a library's own kernel for decoding token by token beats values and a product
+    if base.few_rows and not torch.is_grad_enabled() and x.numel() <= base.few_rows * x.shape[-1]:
+        return False
     return base.dtype == dtype or autocasting(x)
 
 

@@ -118,7 +118,7 @@ def _batched(inner: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """inner(x) + x Aᵀ B for each row's A (rows, r, in) and B (rows, r, out)."""
     y: Tensor
     base = None if torch.is_grad_enabled() else inner.linear()
-    if base is None or base.decode is not None:
+    if base is None or base.decode is not None or not kernel.suits(base, x, x.dtype):
         y, fresh = inner(x), False
     else:
         y, fresh = F.linear(x, base.weight, base.bias).contiguous(), True
