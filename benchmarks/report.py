@@ -200,6 +200,7 @@ SECTIONS = {
     "memory": ("Peak memory", "python benchmarks/memory.py"),
     "admin": ("Administration", "python benchmarks/admin.py"),
     "mixed": ("Mixed batches", "python benchmarks/mixed.py"),
+    "decode": ("Generating on a CPU", "python benchmarks/decode.py"),
 }
 HEAD = f"""# The hot path, measured
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -26,13 +25,37 @@ from inlay.engine.linear import Linear
 from inlay.errors import UnsupportedError
 from inlay.kernels import products
 from inlay.kernels.choice import compute_dtype, fusible, without_autocast
-from inlay.kernels.lora import gradients, narrow, rows, suits
+from inlay.kernels.lora import base_product, gradients, narrow, rows, suits
 from inlay.kernels.scaling import near_one, times
 
 SAMPLES = 512
 
 _SQUARES: Any = WeakIdKeyDictionary()
 """‖W‖² for each output, by W, with the state of W that it was computed from."""
+_NORMS: Any = WeakIdKeyDictionary()
+"""‖W + s B A‖ for each output, by B, with s, the ‖W‖², A and B that it was computed from."""
+
+
+def norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`row_norms` without gradient; at inference on a CPU remembered for as long as W, A and B stay as they are.
+
+    W Aᵀ is r times the work of a row of x. A and B are compared number by number, which costs a thousandth of it.
+    """
+    infer = not torch.is_grad_enabled() and fusible(weight, a, b)
+    with torch.no_grad():
+        if not infer or weight.device.type != "cpu" or weight.is_inference():
+            return row_norms(weight, a, b, scale).detach()  # forward-mode differentiation knows no `no_grad`
+        squares = row_squares(weight, a.dtype)
+        known = _NORMS.get(b)
+        if known is None or known[0] != scale or known[1] is not squares or not equal(known[2], (a, b)):
+            known = (scale, squares, (a.detach().clone(), b.detach().clone()), row_norms(weight, a, b, scale))
+            _NORMS[b] = known
+        return cast(Tensor, known[3])
+
+
+def equal(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
+    """Whether these tensors are the same, pair by pair."""
+    return all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(some, others, strict=True))
 
 
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -74,10 +97,10 @@ def adapted(
     if base.decode is not None or base.weight.requires_grad or not suits(base, x, dtype):
         return None
     mask = products.mask_for(x, a, p)
+    norm = norms(base.weight, a, b, scale)
     with torch.no_grad():
-        norms = row_norms(base.weight, a, b, scale)
-        near = near_one(magnitude / norms) and (base.bias is None or bool((8 * magnitude >= base.bias.abs()).all()))
-    arguments = (x, base.weight, base.bias, a, b, magnitude, norms, scale / (1 - p), dtype, mask, near)
+        near = near_one(magnitude / norm) and (base.bias is None or bool((8 * magnitude >= base.bias.abs()).all()))
+    arguments = (x, base.weight, base.bias, a, b, magnitude, norm, scale / (1 - p), dtype, mask, near)
     return cast(Tensor, MagnitudeLinear.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
@@ -104,7 +127,7 @@ class MagnitudeLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale, ctx.dtype, ctx.shape, ctx.near = scale, dtype, x.shape, near
         inputs = x.to(dtype)
-        y = F.linear(inputs, weight.to(dtype), None if bias is None else bias.to(dtype)).contiguous()
+        y = base_product(inputs, weight.to(dtype), bias)
         h = narrow(rows(inputs), a, mask)
         direction = None if near else torch.addmm(rows(y), h, b.to(dtype).t(), alpha=scale)
         if direction is not None and bias is not None:

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from inlay.kernels import products
 from inlay.kernels.choice import compute_dtype, without_autocast
-from inlay.kernels.lora import gradients, narrow, rows, values
+from inlay.kernels.lora import base_product, gradients, narrow, rows, values
 
 if TYPE_CHECKING:
     from inlay.engine.linear import Decode, Linear
@@ -58,7 +57,7 @@ class GatedLowRank(torch.autograd.Function):
     ) -> Tensor:
         ctx.activation, ctx.scale, ctx.dtype, ctx.decode = activation, scale, dtype, decode
         p = (activation(g) * u).to(dtype)
-        y = F.linear(p, values(weight, dtype, decode), None if bias is None else bias.to(dtype)).contiguous()
+        y = base_product(p, values(weight, dtype, decode), bias)
         h = narrow(rows(p), a, mask)
         products.widen_(rows(y), h, b, scale)
         ctx.save_for_backward(g, u, weight, a, b, h if ctx.needs_input_grad[6] else None, mask)

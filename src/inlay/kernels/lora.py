@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from inlay.engine.host import Inner
     from inlay.engine.linear import Decode, Linear
 
+FEW_ROWS = 8
+"""At inference on a CPU, so many rows are multiplied by A and B as they are, in fp32: casting these costs more."""
+
+
 def adapted(
     inner: Inner, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float = 0.0, gate: Tensor | None = None
 ) -> Tensor:
@@ -41,6 +45,8 @@ def adapted(
     mask = products.mask_for(x, a, p)
     scale = scale / (1 - p)
     base = inner.linear()
+    if not torch.is_grad_enabled():
+        return inferred(inner, base, x, a, b, scale, dtype, mask, gate)
     if base is None or not suits(base, x, dtype):
         return cast(Tensor, AddLowRank.apply(inner(x), x, a, b, scale, dtype, mask, gate))  # type: ignore[no-untyped-call]
     arguments = (x, base.weight, base.bias, a, b, scale, dtype, mask, gate, base.decode)
@@ -52,6 +58,34 @@ def suits(base: Linear, x: Tensor, dtype: torch.dtype) -> bool:
     if base.few_rows and not torch.is_grad_enabled() and x.numel() <= base.few_rows * x.shape[-1]:
         return False
     return base.dtype == dtype or autocasting(x)
+
+
+def inferred(
+    inner: Inner,
+    base: Linear | None,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    mask: Tensor | None,
+    gate: Tensor | None,
+) -> Tensor:
+    """The same without gradients: added in place to what the base gave, where that is a linear's own new tensor."""
+    few = x.device.type == "cpu" and dtype.itemsize < a.dtype.itemsize and x.numel() <= FEW_ROWS * x.shape[-1]
+    if base is not None and suits(base, x, dtype):
+        y = base_product(x.to(dtype), values(base.weight, dtype, base.decode), base.bias)
+    else:
+        y = inner(x)
+    kind = a.dtype if few else dtype
+    h = narrow(rows(x.to(kind)), a, mask, gate)
+    if base is None or not y.is_contiguous():
+        return torch.addmm(rows(y).to(kind), h, b.to(kind).t(), alpha=scale).to(y.dtype).view(y.shape)
+    if y.dtype == kind:
+        products.widen_(rows(y), h, b, scale)
+    else:
+        rows(y).add_(h @ b.to(kind).t(), alpha=scale)
+    return y
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -73,7 +107,7 @@ class LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale, ctx.dtype, ctx.decode, ctx.shape = scale, dtype, decode, x.shape
         inputs = x.to(dtype)
-        y = F.linear(inputs, values(weight, dtype, decode), None if bias is None else bias.to(dtype)).contiguous()
+        y = base_product(inputs, values(weight, dtype, decode), bias)
         h = narrow(rows(inputs), a, mask, gate)
         products.widen_(rows(y), h, b, scale)
         need_x, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
@@ -132,6 +166,11 @@ class AddLowRank(torch.autograd.Function):
 def rows(x: Tensor) -> Tensor:
     """(…, features) as (T, features)."""
     return x.reshape(-1, x.shape[-1])
+
+
+def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b for x (…, in), in the dtype of x: (…, out), new, contiguous, with the bits of the base's own call."""
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
 
 
 def values(weight: Tensor, dtype: torch.dtype, decode: Decode | None) -> Tensor:

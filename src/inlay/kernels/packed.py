@@ -5,7 +5,8 @@
 
 A product of few rows takes as long as reading W, and oneDNN reads a reordered W (blocks for its inner loops) faster
 than one stored row by row: in 0.4 of the time for 1 to 4 rows, 0.7 for 16, 0.9 for 128. The same numbers are multiplied
-and summed in the same order, so outputs keep their bits.
+and summed in the same order, so outputs keep their bits (but for a strided x of three dimensions and a frozen W,
+which torch multiplies in another way: it copies W for each of the first).
 
 FLOPs: 2 T in out. Bytes: 2 in out read a call, and 2 in out kept. Equal to torch.nn.functional.linear.
 """

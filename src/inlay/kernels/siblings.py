@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from inlay.kernels import products
 from inlay.kernels.choice import compute_dtype, without_autocast
-from inlay.kernels.lora import narrow, rows, values
+from inlay.kernels.lora import base_product, narrow, rows, values
 
 if TYPE_CHECKING:
     from inlay.engine.linear import Decode, Linear
@@ -73,8 +72,7 @@ class Siblings(torch.autograd.Function):
         for weight, bias, b, scale, decode, h in zip(
             weights, biases, factors_b, shape.scales, shape.decodes, torch.split(hidden, shape.ranks, 1), strict=True
         ):
-            y = F.linear(inputs, values(weight, shape.dtype, decode), None if bias is None else bias.to(shape.dtype))
-            y = y.contiguous()
+            y = base_product(inputs, values(weight, shape.dtype, decode), bias)
             products.widen_(rows(y), h, b, scale)
             outputs.append(y)
         needs = ctx.needs_input_grad[3:]

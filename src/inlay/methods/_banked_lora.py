@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from inlay.engine.bank import Bank, Layout, repeats
@@ -121,7 +120,7 @@ def _batched(inner: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if base is None or base.decode is not None or not kernel.suits(base, x, x.dtype):
         y, fresh = inner(x), False
     else:
-        y, fresh = F.linear(x, base.weight, base.bias).contiguous(), True
+        y, fresh = kernel.base_product(x, base.weight, base.bias), True
     tokens = x.numel() // (a.shape[0] * x.shape[-1])
     h = torch.bmm(x.reshape(a.shape[0], tokens, x.shape[-1]).to(a.dtype), a.transpose(1, 2))
     rows = y.reshape(a.shape[0], tokens, y.shape[-1])

@@ -59,12 +59,12 @@ class DoRAPiece(LoRAPiece):
         # The same expression as at each call, so that m / ‖V‖ is exactly one at first.
         self.magnitude = nn.Parameter(self.norms(weight.to(self.lora_A.dtype) if not self.plain else weight))
 
-    @torch.no_grad()
     def norms(self, weight: Tensor) -> Tensor:
-        """‖V‖ for each output."""
+        """‖V‖ for each output, without gradient."""
         if self.plain and weight.dim() == 2:
-            return kernel.row_norms(weight, self.lora_A.detach(), self.lora_B.detach(), self.scale).detach()
-        return self.norm(weight.to(self.lora_A.dtype) + self.delta()).detach()
+            return kernel.norms(weight, self.lora_A, self.lora_B, self.scale)
+        with torch.no_grad():
+            return self.norm(weight.to(self.lora_A.dtype) + self.delta()).detach()
 
     def norm(self, direction: Tensor) -> Tensor:
         """‖V‖ for each output: (out,) for linears, (1, out, 1…) for convolutions, (dim,) for embeddings."""
