@@ -218,7 +218,7 @@ def saved_bytes(model: nn.Module, ids: Tensor) -> int:
     held: list[weakref.ref[Packed]] = []
 
     def pack(tensor: Tensor) -> Packed:
-        packed = Packed(tensor)
+        packed = Packed(tensor.detach())  # with its graph, an output that is saved would keep itself alive
         held.append(weakref.ref(packed))
         return packed
 

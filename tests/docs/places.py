@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -204,6 +205,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "trainable_tokens": {"token_indices": (3, 7)},
 }
 """What the methods are tried with; the others with their defaults."""
+FAMILIES = [importlib.import_module(f"docs.{file.stem}") for file in sorted(Path(__file__).parent.glob("family_*.py"))]
+"""Methods that share a file here: their FIELDS, and their FORMULAS as `test_formulas` has them."""
+for family in FAMILIES:
+    FIELDS |= family.FIELDS
 SYMBOLS = {
     "r": 2, "m": 3, "n": 3, "h": 8, "ensemble": 1, "ids": 2, "L": 2, "kv": 4, "d_k": 8, "d_v": 8,
     "k": 1, "g": 1, "E": 1,

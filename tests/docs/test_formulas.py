@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from docs.places import DOCS, HOSTS, ROWS, aimed, fresh, moved, output, tables
+from docs.places import DOCS, FAMILIES, HOSTS, ROWS, aimed, fresh, moved, output, tables
 from engine.tiny import build
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -132,6 +132,8 @@ FORMULAS: dict[str, tuple[str, Callable[[str], tuple[Tensor, Tensor]]]] = {
     "prompt_tuning": ("E′ = [p_1 … p_n ; E(x)]", prompt),
     "trainable_tokens": ("E′[i] = v_i for chosen ids i", tokens),
 }
+for family in FAMILIES:
+    FORMULAS |= {kind: (text, linear(change)) for kind, (text, change) in family.FORMULAS.items()}
 
 
 @pytest.mark.parametrize("kind", ROWS)

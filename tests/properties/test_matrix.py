@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 import pickle
@@ -148,6 +149,8 @@ ROWS = [
     Row("prefix_tuning-mlp", inlay.PrefixTuning(num_virtual_tokens=N, projection_size=5),
         {"llama": N * 32 + 5 * 33 + 6 * 2 * 32}, identity=1.5, mergeable=False),
 ]  # fmt: skip
+for file in sorted(Path(__file__).parent.glob("rows_*.py")):  # the families of methods that have a file of their own
+    ROWS += importlib.import_module(f"properties.{file.stem}").ROWS
 
 
 def cases(hosts: Callable[[Row], Iterable[str]]) -> pytest.MarkDecorator:

@@ -327,7 +327,7 @@ def _fields(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _from_peft(config: Mapping[str, Any], folder: Path) -> list[Method]:
     kind = config.get("peft_type")
     readers: dict[str, Callable[[Mapping[str, Any]], Sequence[Method]]] = {
-        cls.peft_type: cls.from_peft for cls in all_methods() if cls.peft_type and "from_peft" in cls.__dict__
+        cls.peft_type: cls.from_peft for cls in all_methods() if cls.peft_type and "peft_type" in cls.__dict__
     }
     if kind not in readers:
         raise CheckpointError(

@@ -1,0 +1,19 @@
+"""Methods whose change is a product of small matrices: their formulas, from the tensors that they train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+FIELDS: dict[str, dict[str, Any]] = {"loha": {"r": 2}}
+
+
+def loha(x: Tensor, w: Tensor, b: Tensor, **t: Tensor) -> Tensor:
+    change = (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
+    return F.linear(x, w + 8 / 2 * change, b)
+
+
+FORMULAS: dict[str, tuple[str, Callable[..., Tensor]]] = {"loha": ("W′ = W + s · (A₁ B₁) ⊙ (A₂ B₂)", loha)}
