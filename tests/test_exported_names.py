@@ -21,11 +21,13 @@ VERBS = {
     "save",
     "load",
     "controllers",
+    "combine",
     "fuse",
     "hot_swap",
     "pack",
     "per_row",
     "switchable",
+    "to_lora",
     "weigh",
 }
 

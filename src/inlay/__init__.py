@@ -22,6 +22,8 @@ _PLACES = {
     "controllers": "inlay.engine.adapters",
     "merge": "inlay.engine.adapters",
     "unmerge": "inlay.engine.adapters",
+    "combine": "inlay.combining.adapters",
+    "to_lora": "inlay.combining.adapters",
     "fuse": "inlay.methods._fusing",
     "pack": "inlay.kernels.packed",
     "per_row": "inlay.engine.bank",

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-FIELDS: dict[str, dict[str, Any]] = {"loha": {"r": 2}}
+FIELDS: dict[str, dict[str, Any]] = {"adalora": {"init_r": 2, "target_r": 1}, "loha": {"r": 2}}
 
 
 def loha(x: Tensor, w: Tensor, b: Tensor, **t: Tensor) -> Tensor:
@@ -16,4 +16,11 @@ def loha(x: Tensor, w: Tensor, b: Tensor, **t: Tensor) -> Tensor:
     return F.linear(x, w + 8 / 2 * change, b)
 
 
-FORMULAS: dict[str, tuple[str, Callable[..., Tensor]]] = {"loha": ("W′ = W + s · (A₁ B₁) ⊙ (A₂ B₂)", loha)}
+def adalora(x: Tensor, w: Tensor, b: Tensor, lora_A: Tensor, lora_B: Tensor, lora_E: Tensor) -> Tensor:
+    return F.linear(x, w + 8 / (2 + 1e-5) * lora_B @ (lora_A * lora_E), b)
+
+
+FORMULAS: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "adalora": ("W′ = W + s · B (A ⊙ E)", adalora),
+    "loha": ("W′ = W + s · (A₁ B₁) ⊙ (A₂ B₂)", loha),
+}

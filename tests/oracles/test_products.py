@@ -24,6 +24,10 @@ CASES: dict[str, tuple[inlay.Method, peft.PeftConfig]] = {
         inlay.LoHa(r=2, targets="query,key", overrides={"query": {"r": 4}, "key": {"alpha": 5}}),
         peft.LoHaConfig(r=2, target_modules=["query", "key"], rank_pattern={"query": 4}, alpha_pattern={"key": 5}),
     ),
+    "adalora": (
+        inlay.AdaLoRA(init_r=4, target_r=2, alpha=3, targets="attention"),
+        peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=3, target_modules=ATTENTION, total_step=9),
+    ),
 }  # fmt: skip
 
 

@@ -23,7 +23,13 @@ def of_linears(count: object, **claims: object) -> dict[str, object]:
     return {**found, **own, **claims}
 
 
+def adalora(i: int, o: int) -> int:
+    return R * (i + o + 1)
+
+
 ROWS = [
+    Row("adalora", inlay.AdaLoRA(init_r=R, target_r=R), of_linears(adalora, conv=(MIXED, total(CONVOLUTIONS, adalora))),
+        compiled=("llama", "conv"), refuses={"mixtral": "experts", "tied": "embed"}),
     Row("loha", inlay.LoHa(r=R), of_linears(loha, conv=(MIXED, total(CONVOLUTIONS, loha))), compiled=("llama", "conv"),
         refuses={"mixtral": "experts", "tied": "embed"}),
 ]  # fmt: skip

@@ -180,6 +180,8 @@ def test_2_only_the_adapter_learns_and_all_of_it_does(row: Row, host: str) -> No
     own = {id(parameter) for parameter in adapters_of(model).get("default").parameters()}
     before = base_bits(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    for controller in inlay.controllers(model):
+        controller.prepare(total_steps=4)
     for _ in range(3):
         found = gradients(model, host)
         optimizer.step()

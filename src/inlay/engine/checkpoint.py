@@ -102,7 +102,7 @@ def peft_config(adapter: engine.Adapter, index: SiteIndex) -> dict[str, Any] | N
     }
     for method, placed in pairs:
         try:
-            config |= method.to_peft([site for site, _ in placed], index)
+            config |= method.to_peft([site for site, _ in placed], index) | method.peft_state(placed)
         except UnsupportedError:
             return None
     return config

@@ -59,6 +59,10 @@ class Piece(nn.Module):
         """Whether `weight` is defined."""
         return type(self).weight is not Piece.weight
 
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """A (r, in, …), B (out, r, …) and s where the piece is ΔW = s · B A and nothing else; None otherwise."""
+        return None
+
     @classmethod
     def together(cls, pieces: Mapping[int, Piece], bank: Bank) -> Piece | None:
         """One piece in place of these, of several adapters by their number in the bank; None where there is none."""
@@ -219,6 +223,10 @@ class Method:
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
         """The fields of HF peft's `adapter_config.json` that describe this method at these sites."""
+        return {}
+
+    def peft_state(self, pieces: Sequence[tuple[Site, Piece]]) -> dict[str, Any]:
+        """Further fields of that config, which training has decided (ranks that were pruned)."""
         return {}
 
     @classmethod

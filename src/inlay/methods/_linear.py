@@ -136,9 +136,7 @@ class DeltaPiece(Piece):
 
     # -- one of these two --------------------------------------------------------------------------------------------
 
-    def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        """A (r, in), B (out, r) and s with ΔW = s · B A; None where there are none, or none that are thin."""
-        return None
+    # `factors`: A (r, in), B (out, r) and s with ΔW = s · B A; None where there are none, or none that are thin.
 
     def form(self, *tensors: Tensor) -> Tensor:
         """ΔW (out, in) from the tensors of `formed_from`; for convolutions, in is channels times kernel."""

@@ -253,6 +253,14 @@ class LoRAPiece(Piece):
             return low_rank.convolution(x, a, b, host, bias)
         return low_rank.linear(x, a, b, bias)
 
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        if type(self) is not LoRAPiece or self.lora_bias is not None:
+            return None
+        if self.start is None:
+            return self.lora_A, self.lora_B, self.scale
+        (a, b), (start_a, start_b) = (self.lora_A, self.lora_B), self.start
+        return torch.cat([a, start_a]), torch.cat([b, -start_b], dim=1), self.scale
+
     @classmethod
     def together(cls, pieces: Mapping[int, Piece], bank: Bank) -> Piece | None:
         own = {n: piece for n, piece in pieces.items() if isinstance(piece, LoRAPiece)}

@@ -1,0 +1,1 @@
+"""Adapters made out of adapters."""
