@@ -119,9 +119,12 @@ def traceable_floor(model: nn.Module) -> nn.Module:
 
 # -- the same adapter in both libraries --------------------------------------------------------------------------------
 
-OURS = re.compile(r"(?P<host>.+)\.inlays\.[^.]+\.[^.]+\.(?P<tensor>\w+)")
+OURS = re.compile(r"(?P<host>.+)\.inlays\.[^.]+\.[^.]+\.(?P<tensor>\w+?)(?:\.weight)?")
 THEIRS = re.compile(r"base_model\.model\.(?P<host>.+)\.(?P<tensor>\w+)\.default(?:\.weight)?")
-NAMES = {name: name for name in ("lora_A", "lora_B", "magnitude", "ia3_l")} | {"lora_magnitude_vector": "magnitude"}
+NAMES = {name: name for name in ("lora_A", "lora_B", "lora_E", "magnitude", "ia3_l", "oft_R")}
+NAMES |= {"lora_magnitude_vector": "magnitude", "vera_lambda_b": "vera_b", "vera_lambda_d": "vera_d"}
+START_AT_ZERO = {"lora_B": 0.05, "lora_E": 1.0, "vera_b": 0.05, "oft_R": 0.02}
+"""What would do nothing at its start, and how large it is drawn instead."""
 
 
 def adapter_tensors(model: nn.Module) -> Values:
@@ -142,8 +145,8 @@ def draw(tensors: Values, dtype: torch.dtype = torch.bfloat16) -> Values:
         noise = torch.randn(tensor.shape, generator=generator)
         if name.endswith("lora_A"):
             value = noise / math.sqrt(tensor.shape[1])
-        elif name.endswith("lora_B"):
-            value = noise * 0.05
+        elif name.rpartition(".")[2] in START_AT_ZERO:
+            value = noise * START_AT_ZERO[name.rpartition(".")[2]]
         else:  # magnitudes and scales start at what leaves the base alone
             value = tensor.detach().float() * (1 + 0.1 * noise)
         values[name] = value.to(dtype).float()

@@ -101,6 +101,8 @@ def _administration(record: Mapping[str, Any]) -> Iterator[Row]:
 def circumstances(record: Mapping[str, Any]) -> str:
     """When, on what and with which versions, from the parts' own notes."""
     notes = [part["environment"] for part in record.get("parts", {}).values()]
+    if "settings" in record:
+        return ", ".join(f"{name} {value}" for name, value in record["settings"].items()) + "."
     if not notes:
         return ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
     last = max(notes, key=lambda note: note["date"])
@@ -147,6 +149,15 @@ def variants_table(part: Mapping[str, Any]) -> str:
             cells += [f"{about['saved_bytes'] / 2**20:.1f}", f"{about['saved_bytes'] / floor['saved_bytes']:.2f}",
                       "" if error is None else f"{error:.1e}"]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cases_table(cases: Mapping[str, Any]) -> str:
+    """Times of an epoch with and without cached states."""
+    lines = ["| what trains | epoch | with evaluation | largest difference of losses |", "|---|---:|---:|---:|"]
+    for name, about in cases.items():
+        times = [f"{about[part]['times faster']:.1f} × faster" for part in ("epoch", "with evaluation")]
+        lines.append(f"| {name} | {' | '.join(times)} | {about['largest relative difference of losses']:.0e} |")
     return "\n".join(lines)
 
 
@@ -201,6 +212,8 @@ SECTIONS = {
     "admin": ("Administration", "python benchmarks/admin.py"),
     "mixed": ("Mixed batches", "python benchmarks/mixed.py"),
     "decode": ("Generating on a CPU", "python benchmarks/decode.py"),
+    "cache_frozen": ("Frozen states computed once", "python benchmarks/cache_frozen.py"),
+    "methods": ("One linear, method by method", "python benchmarks/methods.py"),
 }
 HEAD = f"""# The hot path, measured
 
@@ -222,7 +235,10 @@ def section(name: str, record: Mapping[str, Any]) -> str:
             picture = PAGE.with_name(f"{name}-{words.replace(' ', '-')}.svg")
             picture.write_text(chart(some, f"{title}: {words}"))
             parts.append(f"![{title}: {words}]({picture.name})")
-    parts.append(bounds_table(rows))
+    if rows:
+        parts.append(bounds_table(rows))
+    if "cases" in record:
+        parts.append(cases_table(record["cases"]))
     for part, about in record.get("parts", {}).items():
         if "floor" in about.get("variants", {}):
             parts += [f"### {part}", f"{about['settings']['rounds']} rounds.", variants_table(about)]

@@ -11,6 +11,7 @@ measured again.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -34,7 +35,6 @@ BF16, FP32 = torch.bfloat16, torch.float32
 TOLERANCE = {FP32: 1e-5, BF16: 5e-2}
 """Of the gradient that is furthest off, relative to its norm. In bf16 the base's own rounding sets it, and both
 libraries' errors are printed; there Inlay's gradients as one vector may also be no more than 1.25 × peft(n)'s."""
-NOT_YET = ("VeRA", "AdaLoRA", "OFT")
 
 # One line a variant: what is done to a model that has its adapter, before it is measured as "inlay, <name>". The bound
 # on the fused MLP looks for the name "fused MLP".
@@ -250,13 +250,38 @@ def other_parts() -> dict[str, Part]:
     recomputed_bounds = [Bound("LoRA r16 all, checkpointed, bf16", measure, "inlay", over, None)
                          for measure in (TIME, SAVED) for over in ("peft", "peft(n)", "floor")]  # fmt: skip
     recomputed = {"floor": FLOOR} | recomputed
-    return {
+    return other_methods() | {
         "ia3-bf16": Part(protocol.LLAMA4, BF16, ia3, ia3_bounds, their_ia3()),
         "frozen-a-bf16": Part(protocol.LLAMA4, BF16, frozen, frozen_bounds, frozen_reference),
         "checkpointed-bf16": Part(
             protocol.LLAMA4, BF16, recomputed, recomputed_bounds, PLAIN, count=protocol.allocated_bytes
         ),
     }
+
+
+def other_methods() -> dict[str, Part]:
+    """VeRA, AdaLoRA and OFT on all linears."""
+    every = {"target_modules": "all-linear"}
+    pairs = {
+        "VeRA r256": (0.95, inlay.VeRA(r=256, targets="all-linear"), peft.VeraConfig(r=256, **every)),
+        "AdaLoRA r16": (
+            0.75, inlay.AdaLoRA(init_r=RANK, alpha=ALPHA, targets="all-linear"),
+            peft.AdaLoraConfig(init_r=RANK, lora_alpha=ALPHA, total_step=9, orth_reg_weight=0.0, **every),
+        ),
+        "OFT b32": (0.95, inlay.OFT(targets="all-linear"), peft.OFTConfig(oft_block_size=32, **every)),
+    }  # fmt: skip
+    parts = {}
+    for title, (bound, method, config) in pairs.items():
+        name = f"{title} all, bf16"
+        their = {cast: Variant(lambda model, config=config, cast=cast: peft.get_peft_model(
+            model, copy.deepcopy(config), autocast_adapter_dtype=cast)) for cast in (True, False)}  # fmt: skip
+        variants = {"floor": FLOOR, "peft": their[True], "peft(n)": their[False],
+                    "inlay": Variant(lambda model, method=method: inlay.attach(model, method))}  # fmt: skip
+        bounds = [Bound(name, TIME, "inlay", "peft", bound), Bound(name, TIME, "inlay", "peft(n)", None),
+                  Bound(name, TIME, "inlay", "floor", None, 1.10),
+                  Bound(name, SAVED, "inlay", "peft", None)]  # fmt: skip
+        parts[f"{title.split()[0].lower()}-bf16"] = Part(protocol.LLAMA4, BF16, variants, bounds, their[True])
+    return parts
 
 
 def quantised_and_compiled_parts() -> dict[str, Part]:
@@ -379,8 +404,6 @@ def main() -> None:
             load = os.getloadavg()[0]
             results.add(name, {"settings": settings, **measure(part, results.rounds)}, load)
         print(f"{name}\n{table(results.stored['parts'][name])}\n", flush=True)
-    for method in NOT_YET:
-        print(f"{method}: " + ("in Inlay now, and not measured yet" if hasattr(inlay, method) else "not in Inlay yet"))
     print(f"written to {results.path}")
 
 

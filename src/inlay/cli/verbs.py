@@ -32,6 +32,7 @@ MethodKind = Annotated[
 ]
 Out = Annotated[str | None, typer.Option(help="The folder to leave everything in (default runs/TASK-METHOD).")]
 Seed = Annotated[int | None, typer.Option(help="Of initialisation, order and dropout (default 0).")]
+Load = Annotated[str | None, typer.Option(help="How the base is held: auto (default), 4bit (QLoRA), 8bit.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens kept of each text.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows at a time.")]
@@ -62,6 +63,7 @@ def train(
     out: Out = None,
     seed: Seed = None,
     max_length: MaxLength = None,
+    load: Load = None,
     changes: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in --out.")] = False,
     overwrite: Overwrite = False,
@@ -69,7 +71,8 @@ def train(
     """Train an adapter, from a YAML file or from flags; leaves a folder that describes itself."""
     if resume and config is None and model is None and out is not None:
         config = Path(out) / "run.yaml"
-    run = _run(config, model, task, data, training, validation, test, columns, method, out, seed, max_length, changes)
+    sizes = (seed, max_length, load)
+    run = _run(config, model, task, data, training, validation, test, columns, method, out, *sizes, changes)
     from inlay.train import train
 
     record = train(run, resume=resume, overwrite=overwrite)
@@ -91,10 +94,12 @@ def check(
     out: Out = None,
     seed: Seed = None,
     max_length: MaxLength = None,
+    load: Load = None,
     changes: Set = None,
 ) -> None:
     """Resolve a run, read its first rows, list the matched modules and the trainable share; run nothing."""
-    run = _run(config, model, task, data, training, validation, test, columns, method, out, seed, max_length, changes)
+    sizes = (seed, max_length, load)
+    run = _run(config, model, task, data, training, validation, test, columns, method, out, *sizes, changes)
     from inlay.cli.printing import print_check
     from inlay.train import check
 
@@ -149,6 +154,8 @@ def merge(
         f"{merged.out}: a plain transformers model; read back, its logits on {merged.texts} sentences differ by "
         f"at most {merged.largest_difference:.2g} (allowed: {merged.tolerance:.2g})"
     )
+    if merged.quantisation:
+        typer.echo(f"merged into the plain weights: the quantised base's logits differ by {merged.quantisation:.2g}")
 
 
 def show(
@@ -214,6 +221,7 @@ def _run(
     out: str | None,
     seed: int | None,
     max_length: int | None,
+    load: str | None,
     changes: list[str] | None,
 ) -> Run:
     from inlay.train.run import Run
@@ -228,6 +236,7 @@ def _run(
         "out": out,
         "seed": seed,
         "max_length": max_length,
+        "load": load,
     }
     return Run.from_yaml(config, flags, changes or ())
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from inlay.errors import CheckpointError, ConfigError, did_you_mean
+from inlay.tasks.quantised import left_whole
 
 Source = str | Path
 
@@ -67,6 +68,8 @@ def load_pretrained(
     folder = _folder_or_hub_id(model)
     try:
         with quiet():
+            if "quantization_config" in kwargs:
+                kwargs["quantization_config"].llm_int8_skip_modules = left_whole(auto, str(folder))
             loaded, info = auto.from_pretrained(
                 str(folder), output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **kwargs
             )

@@ -44,6 +44,7 @@ SUPPORT = frozenset(
         "loading",
         "packing",
         "prompts",
+        "quantised",
         "readers",
         "spans",
         "task",

@@ -13,6 +13,7 @@ from inlay.engine.piece import Method
 from inlay.engine.roles import new_heads
 from inlay.errors import ConfigError, DataError
 from inlay.tasks.data import read_splits
+from inlay.tasks.quantised import loading
 from inlay.tasks.task import make_task
 from inlay.train.arguments import resolved
 from inlay.train.run import Run
@@ -61,7 +62,7 @@ def prepare(run: Run) -> Prepared:
     task = task.resolve(splits)
     set_seed(run.seed)  # a new head starts from random numbers
     tokenizer = task.load_tokenizer(run.model)
-    model = task.load_model(run.model, **({} if run.dtype == "auto" else {"dtype": run.dtype}))
+    model = task.load_model(run.model, **loading(run.load, run.dtype))
     return Prepared(
         run=resolved(run, methods, len(splits["train"]), "validation" in splits),
         task=task,

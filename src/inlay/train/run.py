@@ -22,6 +22,7 @@ import yaml
 
 from inlay.engine import catalogue
 from inlay.errors import ConfigError, did_you_mean
+from inlay.tasks.quantised import check_load
 from inlay.train import settings as read
 from inlay.train.options import Options
 
@@ -72,6 +73,8 @@ class Run:
     """Modules trained and saved whole beside the method; by default the task's new head, [] for none."""
     dtype: str = "auto"
     """Of the base model's weights: auto (as saved), float32, bfloat16, float16."""
+    load: str = "auto"
+    """How the base is held: auto (as saved), 4bit (NF4, as in QLoRA) or 8bit; then dtype is what it computes in."""
 
     def __post_init__(self) -> None:
         fixed: dict[str, Any] = {
@@ -89,6 +92,7 @@ class Run:
             raise ConfigError(f"max_length is a number of tokens, at least 1; got {self.max_length}")
         if self.dtype not in (dtypes := ["auto", "float32", "bfloat16", "float16"]):
             raise ConfigError(f"dtype must be one of {', '.join(dtypes)}; got {self.dtype!r}")
+        check_load(self.load)
         default = f"runs/{fixed['task']['kind']}-{'+'.join(str(method['kind']) for method in fixed['method'])}"
         fixed["out"] = str(self.out or default)
         for name, value in fixed.items():
@@ -160,6 +164,7 @@ class Run:
             "max_length": self.max_length,
             "modules_to_save": None if self.modules_to_save is None else list(self.modules_to_save),
             "dtype": self.dtype,
+            "load": self.load,
         }
         return {key: value for key, value in settings.items() if value is not None and value != {}}
 

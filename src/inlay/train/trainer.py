@@ -37,6 +37,19 @@ ROW = "inlay_row"
 BEST_FILE = "best.json"
 
 
+@contextlib.contextmanager
+def _as_adapted(model: Any) -> Iterator[None]:
+    """transformers refuses to train a quantised model unless it sees an adapter of its own kind on it."""
+    quantised = getattr(model, "is_quantized", False)
+    if quantised:
+        model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        if quantised:
+            del model._hf_peft_config_loaded
+
+
 class Trainer(transformers.Trainer):
     """Trains the adapter that is attached to `model`.
 
@@ -62,14 +75,16 @@ class Trainer(transformers.Trainer):
     ) -> None:
         saved = torch.load(resume / STATE_FILE, weights_only=True) if resume is not None else {}
         collate = SeededCollator(collator, args.seed)
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=Numbered(features),
-            eval_dataset=Numbered(()) if evaluate_with is not None else None,  # never read: see `evaluate`
-            data_collator=collate,
-            callbacks=[Controllers(controllers(model), saved.get("controllers")), curve, collate.epochs, *callbacks],
-        )
+        called = Controllers(controllers(model), saved.get("controllers"))
+        with _as_adapted(model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=Numbered(features),
+                eval_dataset=Numbered(()) if evaluate_with is not None else None,  # never read: see `evaluate`
+                data_collator=collate,
+                callbacks=[called, curve, collate.epochs, *callbacks],
+            )
         self.remove_callback(PrinterCallback)
         self.adapted = model  # transformers may put wrappers around it; this is the one that we were given
         self.curve, self.evaluate_with, self.metric, self.resume = curve, evaluate_with, metric, resume

@@ -19,6 +19,7 @@ from inlay.engine.host import CHILD
 from inlay.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from inlay.tasks.data import read_splits
 from inlay.tasks.loading import quiet
+from inlay.tasks.quantised import loading
 from inlay.tasks.task import Task
 from inlay.train.files import staged, write_text
 from inlay.train.record import ADAPTER, RUN_FILE, TASK_FILE, measured
@@ -47,8 +48,11 @@ class Loaded:
     model: Any
 
 
-def open_run(folder: str | Path) -> Loaded:
-    """Base model with adapter, task and tokenizer of a run. CheckpointError when the folder holds no whole run."""
+def open_run(folder: str | Path, *, plain: bool = False) -> Loaded:
+    """Base model with adapter, task and tokenizer of a run. CheckpointError when the folder holds no whole run.
+
+    `plain`: the base as it was saved, also where the run held it quantised.
+    """
     folder = Path(folder)
     if folder.name == ADAPTER and not (folder / RUN_FILE).exists() and (folder.parent / RUN_FILE).exists():
         folder = folder.parent
@@ -67,7 +71,7 @@ def open_run(folder: str | Path) -> Loaded:
         task: Any = Task.from_dict(json.loads((folder / TASK_FILE).read_text(encoding="utf-8")))
     except ValueError as error:
         raise CheckpointError(f"{folder / TASK_FILE} is damaged: {error}") from error
-    model: Any = task.load_model(run.model, **({} if run.dtype == "auto" else {"dtype": run.dtype}))
+    model: Any = task.load_model(run.model, **loading("auto" if plain else run.load, run.dtype))
     load(model, folder / ADAPTER)
     if torch.cuda.is_available():
         model.to("cuda")
@@ -155,6 +159,8 @@ class Merged:
     largest_difference: float
     tolerance: float
     texts: int
+    quantisation: float = 0.0
+    """Mean difference of the logits from those of the quantised base that the adapter was trained on."""
 
 
 def merge(folder: str | Path, out: str | Path, *, tolerance: float | None = None, overwrite: bool = False) -> Merged:
@@ -162,15 +168,17 @@ def merge(folder: str | Path, out: str | Path, *, tolerance: float | None = None
 
     The folder is read back and its logits on a few sentences are compared with those of the model with the adapter
     attached. Raises CheckpointError when they differ by more than `tolerance` (then nothing is left behind),
-    UnsupportedError when the method is no change of the weights, ConfigError when `out` is taken.
+    UnsupportedError when the method is no change of the weights, ConfigError when `out` is taken. A run on a quantised
+    base is merged into the plain weights, which that base was made from; how far its logits move is in the result.
     """
     out = Path(out)
     if out.exists() and not overwrite and (out.is_file() or any(out.iterdir())):
         raise ConfigError(f"--out {out} is there already: choose another folder, or --overwrite to replace it")
-    opened = open_run(folder)
+    opened = open_run(folder, plain=True)
     model, tokenizer = opened.model, opened.tokenizer
     batch = _probe(model, tokenizer)
     before = _logits(model, batch)
+    quantised = _logits(open_run(folder).model, batch) if opened.run.load != "auto" else before
     merge_adapters(model)
     if tolerance is None:
         tolerance = TOLERANCES.get(model.dtype, 1e-4) * max(1.0, before.abs().max().item())
@@ -187,7 +195,7 @@ def merge(folder: str | Path, out: str | Path, *, tolerance: float | None = None
                 f"sentences, more than {tolerance:.3g}. Nothing was written. A base in half precision rounds more: "
                 "merge it in float32 (dtype: float32 in run.yaml), or allow it with --tolerance"
             )
-    return Merged(str(out), difference, tolerance, len(PROBE))
+    return Merged(str(out), difference, tolerance, len(PROBE), (quantised - before).abs().mean().item())
 
 
 def _probe(model: nn.Module, tokenizer: Any) -> dict[str, Tensor]:

@@ -1,0 +1,127 @@
+"""What a method's step costs beside HF peft's of the same adapter: forward and backward of one adapted linear.
+
+    python benchmarks/methods.py                  # all methods that both have, 9 rounds, to results/methods.json
+    python benchmarks/methods.py --only oft,hra   # some
+    python benchmarks/methods.py --quick          # 3 rounds, to results/short/
+
+A linear of 1,024 by 1,024 in fp32, 256 rows, gradients of the adapter and of x. peft makes the adapter and writes its
+file; Inlay reads that, and the gradients of x are compared before anything is timed. The protocol is in `_protocol.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import _protocol as protocol
+import peft
+import torch
+from report import Bound, judged, line
+from torch import Tensor, nn
+
+import inlay
+from inlay.engine.registry import kinds
+
+SIZE, ROWS = 1024, 256
+CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
+    "lora": lambda: peft.LoraConfig(r=16, target_modules=["0"]),
+    "dora": lambda: peft.LoraConfig(r=16, use_dora=True, target_modules=["0"]),
+    "adalora": lambda: peft.AdaLoraConfig(init_r=16, target_r=8, total_step=9, target_modules=["0"]),
+    "loha": lambda: peft.LoHaConfig(r=8, target_modules=["0"]),
+    "lokr": lambda: peft.LoKrConfig(r=16, target_modules=["0"]),
+    "hira": lambda: peft.HiraConfig(r=16, target_modules=["0"]),
+    "gralora": lambda: peft.GraloraConfig(r=16, target_modules=["0"]),
+    "delora": lambda: peft.DeloraConfig(r=16, target_modules=["0"]),
+    "miss": lambda: peft.MissConfig(r=64, target_modules=["0"]),
+    "beft": lambda: peft.BeftConfig(target_modules=["0"]),
+    "ia3": lambda: peft.IA3Config(target_modules=["0"], feedforward_modules=[]),
+    "vera": lambda: peft.VeraConfig(r=256, target_modules=["0"]),
+    "pvera": lambda: peft.PVeraConfig(r=256, target_modules=["0"]),
+    "randlora": lambda: peft.RandLoraConfig(r=32, target_modules=["0"]),
+    "vblora": lambda: peft.VBLoRAConfig(r=4, num_vectors=64, vector_length=256, target_modules=["0"]),
+    "tinylora": lambda: peft.TinyLoraConfig(target_modules=["0"]),
+    "unilora": lambda: peft.UniLoraConfig(target_modules=["0"]),
+    "oft": lambda: peft.OFTConfig(oft_block_size=32, target_modules=["0"]),
+    "boft": lambda: peft.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=2, target_modules=["0"]),
+    "hra": lambda: peft.HRAConfig(r=8, target_modules=["0"]),
+    "road": lambda: peft.RoadConfig(target_modules=["0"]),
+    "psoft": lambda: peft.PsoftConfig(r=32, target_modules=["0"]),
+    "shira": lambda: peft.ShiraConfig(r=16, random_seed=1, target_modules=["0"]),
+    "supertuning": lambda: peft.SupertuningConfig(target_modules=["0"]),
+    "c3a": lambda: peft.C3AConfig(block_size=256, target_modules=["0"]),
+    "fourierft": lambda: peft.FourierFTConfig(n_frequency=1000, target_modules=["0"]),
+    "waveft": lambda: peft.WaveFTConfig(n_frequency=2592, target_modules=["0"]),
+    "glora": lambda: peft.GloraConfig(r=8, target_modules=["0"]),
+    "peanut": lambda: peft.PeanutConfig(r=32, target_modules=["0"]),
+}
+NO_SLOWER = 1.0
+CLOSE = 1e-4
+"""Of the gradient of x, relative to its norm: fp32 sums in other orders, through inverses in some methods."""
+
+
+def base() -> nn.Module:
+    """The linear, always with the same weight."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(SIZE, SIZE))
+
+
+def step_of(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """Forward and backward, with gradients made anew; gives the gradient of x."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step() -> Tensor:
+        x.grad = None
+        for parameter in trained:
+            parameter.grad = None
+        model(x).square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    return step
+
+
+def measure(kind: str, rounds: int) -> dict[str, Any]:
+    """Equality, seconds of both and of the bare linear, and the ratio."""
+    x = torch.randn(ROWS, SIZE, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    theirs = peft.get_peft_model(base(), CONFIGS[kind]())
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = inlay.load(base(), folder, trainable=True)
+    theirs.eval(), ours.eval()
+    steps = {"linear": step_of(base().requires_grad_(False), x), "inlay": step_of(ours, x), "peft": step_of(theirs, x)}
+    found, expected = steps["inlay"]().clone(), steps["peft"]().clone()
+    error = float((found - expected).norm() / expected.norm())
+    if error > CLOSE:
+        raise SystemExit(f"{kind}: the gradient of x differs by {error:.1e} of its norm; times mean nothing")
+    known = {name: {"seconds": every} for name, every in protocol.interleaved(steps, rounds).items()}
+    bounds = [Bound(kind, "seconds", "inlay", "peft", NO_SLOWER), Bound(kind, "seconds", "inlay", "linear", None)]
+    return {"error": error, "variants": known, "bounds": [judged(bound, known) for bound in bounds]}
+
+
+def main() -> None:
+    """Measure the methods asked for, print and store each as it ends."""
+    options = protocol.arguments(__doc__).parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    results = protocol.Results("methods", options)
+    for kind in protocol.chosen([kind for kind in CONFIGS if kind in kinds()], options.only):
+        settings = {"rounds": results.rounds, "size": SIZE, "rows": ROWS, "config": str(CONFIGS[kind]())}
+        if not results.have(kind, settings):
+            load = os.getloadavg()[0]
+            results.add(kind, {"settings": settings, **measure(kind, results.rounds)}, load)
+        record = results.stored["parts"][kind]
+        bare = statistics.median(record["variants"]["linear"]["seconds"])
+        print("\n".join([*map(line, record["bounds"])]), f"   bare {1e3 * bare:.1f} ms", flush=True)
+    print(f"written to {results.path}")
+
+
+if __name__ == "__main__":
+    main()
