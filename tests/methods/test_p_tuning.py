@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import inlay
 from inlay import PrefixTuning, PTuning
 from inlay.engine.adapters import adapters_of
+from inlay.engine.prompts.entry import prompt_of
 from inlay.errors import CheckpointError, ConfigError
-from inlay.methods._prompts import prompt_of
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """The same sums over the same keys, in another order of rows."""

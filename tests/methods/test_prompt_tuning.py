@@ -16,8 +16,8 @@ from torch import Tensor
 
 import inlay
 from inlay import PromptTuning
+from inlay.engine.prompts.entry import encoder_of
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.methods._prompts import encoder_of
 
 DECODERS = ["gpt2", "gpt-neox", "opt", "llama", "mistral", "qwen2", "gemma", "gemma3", "phi", "deepseek-v3"]
 ENCODERS = ["bert", "roberta", "distilbert", "albert", "electra", "deberta-v2", "modernbert", "t5"]

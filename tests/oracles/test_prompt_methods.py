@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import inlay
 from inlay import PrefixTuning, PromptTuning, PTuning
 from inlay.engine.adapters import adapters_of
-from inlay.methods._prompts import prompt_of
+from inlay.engine.prompts.entry import prompt_of
 
 # peft 0.21 itself calls names that transformers has renamed since.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

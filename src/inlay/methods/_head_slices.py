@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from inlay.engine.parameters import parameter_sites
 from inlay.engine.piece import Piece, trainable_dtype
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.structure import ancestors
 from inlay.errors import ConfigError, TargetError, UnsupportedError
-from inlay.methods._parameters import parameter_sites
 
 SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")

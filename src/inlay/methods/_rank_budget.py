@@ -95,7 +95,7 @@ class RankBudget(Controller):
         order = torch.cat(scores).sort(descending=True, stable=True).indices
         chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
         chosen[order[:budget]] = True
-        for piece, own in zip(self.pieces, chosen.split([len(one) for one in scores]), strict=True):
+        for piece, own in zip(self.pieces, torch.split(chosen, [len(one) for one in scores]), strict=True):
             piece.keep(own)
 
     def triplets(self, number: int) -> Tensor:

@@ -25,11 +25,11 @@ from torch import nn
 
 from inlay.engine.piece import Method, Piece
 from inlay.engine.sites import Site, SiteIndex
+from inlay.engine.sub_layers import SubLayers
 from inlay.engine.trained_copy import copies
 from inlay.errors import ConfigError, did_you_mean
 from inlay.methods import _bottleneck as pieces
 from inlay.methods._bottleneck import ACTIVATIONS, INITS, Bottleneck
-from inlay.methods._sub_layers import SubLayers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

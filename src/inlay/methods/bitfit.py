@@ -18,13 +18,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from inlay.engine.parameters import is_bias, parameter_sites
 from inlay.engine.piece import Piece, trainable_dtype
 from inlay.engine.roles import new_heads
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.targets import split_items
 from inlay.engine.trained_copy import CopyMethod, copies
 from inlay.errors import UnsupportedError
-from inlay.methods._parameters import is_bias, parameter_sites
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

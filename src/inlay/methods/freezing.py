@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inlay.engine.controller import Controller
+from inlay.engine.parameters import parameter_sites, with_tied
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import CopyMethod, TrainedCopy, copies
 from inlay.errors import ConfigError, TrainingError
 from inlay.methods._head_slices import HeadSlice, head_slices
-from inlay.methods._parameters import parameter_sites, with_tied
 
 EMBEDDINGS = frozenset({"embed", "position", "patch"})
 

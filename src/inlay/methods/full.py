@@ -13,9 +13,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from inlay.engine.parameters import parameter_sites, with_tied
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import CopyMethod
-from inlay.methods._parameters import parameter_sites, with_tied
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from inlay.engine.parameters import parameter_sites, with_tied
 from inlay.engine.roles import new_heads
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import CopyMethod
 from inlay.errors import ConfigError, TargetError
-from inlay.methods._parameters import parameter_sites, with_tied
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

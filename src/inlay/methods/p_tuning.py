@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from inlay.engine.piece import Method, Piece, take, trainable_dtype
+from inlay.engine.prompts.entry import peft_fields, prompt_of, prompt_pieces, prompt_sites, take_prompt
+from inlay.engine.prompts.virtual_tokens import Prompt
 from inlay.errors import CheckpointError, ConfigError
-from inlay.methods._prompts import peft_fields, prompt_of, prompt_pieces, prompt_sites, take_prompt
-from inlay.methods._virtual_tokens import Prompt
 from inlay.methods.prefix_tuning import PrefixTuning
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from inlay.engine.piece import Method, Piece, take
+from inlay.engine.prompts import attention_sites as places
+from inlay.engine.prompts.attention import PositionShift, PrefixAttention, switch_off, switch_on
+from inlay.engine.prompts.entry import arguments_of, encoder_of
 from inlay.errors import CheckpointError, ConfigError, UnsupportedError
-from inlay.methods import _attention_sites as places
-from inlay.methods._attention import PositionShift, PrefixAttention, switch_off, switch_on
 from inlay.methods._prefix_source import prefix_sources
-from inlay.methods._prompts import arguments_of, encoder_of
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex

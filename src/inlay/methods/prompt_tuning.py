@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from inlay.engine.piece import Method, Piece, trainable_dtype
+from inlay.engine.prompts.calls import Combine
+from inlay.engine.prompts.entry import peft_fields, prompt_of, prompt_pieces, prompt_sites, take_prompt
+from inlay.engine.prompts.virtual_tokens import Prompt
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.methods._prompt_calls import Combine
 from inlay.methods._prompt_init import Init, initial_prompt
-from inlay.methods._prompts import peft_fields, prompt_of, prompt_pieces, prompt_sites, take_prompt
-from inlay.methods._virtual_tokens import Prompt
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex

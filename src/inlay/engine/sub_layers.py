@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from inlay.engine.parameters import parameter_sites
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.structure import ancestors
 from inlay.errors import TargetError, UnsupportedError
-from inlay.methods._parameters import parameter_sites
 
 
 class Pair(NamedTuple):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from inlay.engine.host import base_class
 from inlay.engine.piece import Piece
+from inlay.engine.prompts.calls import named
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.methods._prompt_calls import named
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site

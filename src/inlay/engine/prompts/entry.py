@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from inlay.engine.host import CHILD
 from inlay.engine.piece import Piece, take
+from inlay.engine.prompts.calls import Combine
+from inlay.engine.prompts.virtual_tokens import Code, PromptEntry, SourceMask, VirtualTokens
 from inlay.errors import UnsupportedError
-from inlay.methods._prompt_calls import Combine
-from inlay.methods._virtual_tokens import Code, PromptEntry, SourceMask, VirtualTokens
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from inlay.engine.host import base_class
+from inlay.engine.prompts.attention import INTERFACE, MARK, modelling_file
+from inlay.engine.prompts.entry import arguments_of, position_tables
 from inlay.errors import UnsupportedError
-from inlay.methods._attention import INTERFACE, MARK, modelling_file
-from inlay.methods._prompts import arguments_of, position_tables
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex

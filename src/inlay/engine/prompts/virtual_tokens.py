@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inlay.engine.piece import Piece
+from inlay.engine.prompts import calls
+from inlay.engine.prompts.calls import Combine
 from inlay.errors import ConfigError
-from inlay.methods import _prompt_calls as calls
-from inlay.methods._prompt_calls import Combine
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""How prompts and prefixes enter a model whose code is never touched."""
