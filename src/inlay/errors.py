@@ -66,7 +66,11 @@ class MissingExtraError(InlayError):
 
 def nearest(word: str, options: Iterable[str], count: int = 3) -> list[str]:
     """The `count` options most like `word`, best first (possibly none)."""
-    return difflib.get_close_matches(word, list(dict.fromkeys(options)), n=count, cutoff=0.4)
+    spelled: dict[str, list[str]] = {}
+    for option in dict.fromkeys(options):
+        spelled.setdefault(option.lower(), []).append(option)
+    found = difflib.get_close_matches(word.lower(), spelled, n=count, cutoff=0.4)
+    return [option for one in found for option in spelled[one]][:count]
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

@@ -64,6 +64,7 @@ ROWS = [
     Row("glora", inlay.GLoRA(r=2), of_linears(glora_bias) | {
         **{host: of_linears(glora)[host] for host in ("llama", "t5")},
         "plain": ("a,b", 3 * (glora_bias(12, 16) + glora(16, 12))),
+        "torch": ("linear1", 2 * glora_bias(12, 20)),  # a norm follows linear2, and takes one shift for all away
     }, compiled=("llama", "bert"), refuses={"conv": "line", "mixtral": "experts", "tied": "embed"}),
     Row("glora-vectors", inlay.GLoRA(weights="vector", coupling="vector", biases="vector"),
         {"bert": 4 * 5 * 32, "llama": 2 * 2 * (32 + 16), "gpt2": 2 * (4 * 96 + 32)}),
