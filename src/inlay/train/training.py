@@ -6,13 +6,13 @@ import contextlib
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from inlay.engine.adapters import attach, detach
 from inlay.engine.checkpoint import load, save
-from inlay.engine.summary import summary
+from inlay.engine.summary import Summary, summary
 from inlay.errors import ConfigError, InlayError, TrainingError
 from inlay.train import arguments
 from inlay.train.activations import ActivationBudget
@@ -79,18 +79,37 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
             clear(out)
         write_text(out / RUN_FILE, ready.run.to_yaml())
         write_json(out / TASK_FILE, ready.task.to_dict())
-    try:
+    with _nothing_left_of_no_start(trainer, out, resume):
         fit(trainer, stop, out)
+    best = finish(ready, trainer, out)
+    record = _recorded(ready, trainer, out, counts, best)
+    if main:
+        name = record.primary_metric
+        write_text(out / CHART_FILE, loss_chart(trainer.curve.lines, name, f"{out.name}: loss and {name}"))
+        write_text(out / CARD_FILE, model_card(record, ready.run, str(counts)))
+        record.write()
+    return record
+
+
+@contextlib.contextmanager
+def _nothing_left_of_no_start(trainer: Trainer, out: Path, resume: bool) -> Iterator[None]:
+    """Where the first batch shows that a setting cannot be used, the run never began, and its folder goes."""
+    try:
+        yield
     except InlayError as error:
-        if main and not resume and trainer.state.global_step == 0 and not isinstance(error, TrainingError):
-            clear(out)  # a setting that showed on the first batch that it cannot be used: the run never began
+        began = resume or trainer.state.global_step > 0 or isinstance(error, TrainingError)
+        if not began and trainer.is_world_process_zero():
+            clear(out)
             with contextlib.suppress(OSError):  # not empty, or the working directory
                 out.rmdir()
         raise
-    best = finish(ready, trainer, out)
-    record = Record(
+
+
+def _recorded(ready: Prepared, trainer: Trainer, out: Path, counts: Summary, best: int) -> Record:
+    """The run in numbers; its metrics are measured here, on the adapter as it was saved."""
+    return Record(
         method=ready.run.to_dict()["method"],
-        model=run.model,
+        model=ready.run.model,
         task=ready.task.to_dict(),
         metrics=measure(ready, trainer, out),
         primary_metric=ready.task.primary_metric[0],
@@ -102,17 +121,11 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
         steps=trainer.state.global_step,
         best_step=best,
         rows={split: len(rows) for split, rows in ready.splits.items()},
-        seed=run.seed,
+        seed=ready.run.seed,
         device=device_name(trainer.args.device),
         versions=versions(),
         out=str(out),
     )
-    if main:
-        name = record.primary_metric
-        write_text(out / CHART_FILE, loss_chart(trainer.curve.lines, name, f"{out.name}: loss and {name}"))
-        write_text(out / CARD_FILE, model_card(record, ready.run, str(counts)))
-        record.write()
-    return record
 
 
 def refuse_to_mix(out: Path, overwrite: bool) -> None:
