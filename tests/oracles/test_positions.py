@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,27 @@ def test_c3a_of_two_adapters_feeds_both_with_x(tmp_path: Path) -> None:
     apart = run(theirs, ids(), backward=False)
     theirs.base_model.merge_adapter(adapter_names=["default", "other"])
     assert (apart - run(theirs, ids(), backward=False)).abs().max() > 1e-3
+
+
+def test_the_gradient_of_x_through_c3a_is_that_of_its_matrix(tmp_path: Path) -> None:
+    """In peft it is that of another matrix, whose kernels run backwards."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    config = peft.C3AConfig(block_size=8, target_modules=["0"])
+    theirs = perturbed_peft(copy.deepcopy(base), config)
+    theirs.save_pretrained(tmp_path)
+    ours = inlay.load(copy.deepcopy(base), tmp_path)
+    weight: Any = inlay.merge(inlay.load(base, tmp_path))[0].weight  # type: ignore[index]
+    given = torch.randn(3, 16)
+
+    def gradient(whole: Any) -> torch.Tensor:
+        x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        whole(x).backward(given)
+        assert x.grad is not None
+        return x.grad
+
+    assert torch.allclose(gradient(ours), given @ weight, atol=1e-6)
+    assert (gradient(theirs) - given @ weight).abs().max() > 1e-3
 
 
 def query(whole: Any) -> Any:
