@@ -5,8 +5,8 @@
     python benchmarks/methods.py --quick          # 3 rounds, to results/short/
 
 A linear of 1,024 by 1,024 in fp32, 256 rows, gradients of the adapter and of x. peft makes the adapter and writes its
-file; Inlay reads that, and the gradients of x are compared before anything is timed (of C3A the outputs: its gradient of
-x is wrong in peft). The protocol is in `_protocol.py`.
+file; Inlay reads that, and the gradients of x are compared before anything is timed (of C3A the outputs, because its
+gradient of x is wrong in peft). The protocol is in `_protocol.py`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "inlay"
-ROOMS = ["cli", "compare", "fewshot", "train", "tasks", "combining", "methods", "kernels", "engine", "errors"]
+ROOMS = ["cli", "compare", "fewshot", "train", "tasks", "combining", "methods", "pieces", "kernels", "engine", "errors"]
 # All but the package's front door, which names every room.
 FILES = sorted(file for file in SOURCE.rglob("*.py") if file != SOURCE / "__init__.py")
 

@@ -24,7 +24,7 @@ _PLACES = {
     "unmerge": "inlay.engine.adapters",
     "combine": "inlay.combining.adapters",
     "to_lora": "inlay.combining.adapters",
-    "fuse": "inlay.methods._fusing",
+    "fuse": "inlay.pieces.fusing",
     "pack": "inlay.kernels.packed",
     "per_row": "inlay.engine.bank",
     "switchable": "inlay.engine.bank",

@@ -19,7 +19,7 @@ from inlay.engine.adapters import adapters_of
 from inlay.engine.host import inlays_of
 from inlay.errors import AdapterError, UnsupportedError
 from inlay.kernels import dropout
-from inlay.methods import _banked_lora
+from inlay.pieces import banked_lora
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """Products of other shapes add up in another order; in fp32 that is a few units of 1e-7 in numbers around one."""
@@ -84,7 +84,7 @@ def same_as_one_by_one(model: nn.Module, rows: Sequence[str | None], x: Tensor, 
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way that LoRAs can be computed together."""
     if request.param != "as it chooses":
-        monkeypatch.setattr(_banked_lora, "WIDE", 10**9 if request.param == "wide" else -1)
+        monkeypatch.setattr(banked_lora, "WIDE", 10**9 if request.param == "wide" else -1)
     return str(request.param)
 
 
@@ -127,7 +127,7 @@ def test_it_is_one_piece_a_host_and_calls_the_base_once() -> None:
         model(ids(5))
         inlays = inlays_of(model.first)  # type: ignore[arg-type]
         assert inlays is not None
-        assert isinstance(inlays.call().piece, _banked_lora.BankedLoRA)
+        assert isinstance(inlays.call().piece, banked_lora.BankedLoRA)
     assert calls == ["first", "gate", "last"]
 
 
@@ -242,7 +242,7 @@ def test_other_rows_are_noticed_and_the_same_rows_form_nothing_anew(way: str, mo
     with inlay.per_row(model, ROWS):
         model(ids(5))
     monkeypatch.setattr(torch, "cat", None)  # whatever is formed, is joined
-    monkeypatch.setattr(_banked_lora.BankedLoRA, "_gathered", None)
+    monkeypatch.setattr(banked_lora.BankedLoRA, "_gathered", None)
     with inlay.per_row(model, ROWS):
         model(ids(5))
 

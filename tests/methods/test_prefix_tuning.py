@@ -21,7 +21,7 @@ import inlay
 from inlay import PrefixTuning
 from inlay.engine.adapters import adapters_of
 from inlay.errors import CheckpointError, ConfigError, TargetError, UnsupportedError
-from inlay.methods import _prefix_source
+from inlay.pieces import prefix_source
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """The same sums over the same keys, in another order of rows."""
@@ -29,7 +29,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 def reading(monkeypatch: pytest.MonkeyPatch, model: Any) -> tuple[Any, Any]:
     """The model with the keys and values of the tokens PROMPT as its prefix, and the model as it was."""
-    monkeypatch.setattr(_prefix_source, "token_encoder", lambda *_: lambda text: [int(word) for word in text.split()])
+    monkeypatch.setattr(prefix_source, "token_encoder", lambda *_: lambda text: [int(word) for word in text.split()])
     base = copy.deepcopy(model)
     text = " ".join(str(int(token)) for token in PROMPT)
     inlay.attach(model, PrefixTuning(num_virtual_tokens=N, init="text", text=text), modules_to_save=[])

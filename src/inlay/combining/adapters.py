@@ -23,7 +23,8 @@ from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
 from inlay.engine.trained_copy import ModulesToSave
 from inlay.errors import ConfigError, UnsupportedError, did_you_mean
-from inlay.methods.lora import LoRA, LoRAPiece
+from inlay.methods.lora import LoRA
+from inlay.pieces.lora import LoRAPiece
 
 Rank = int | float | None
 FULL = 2**31

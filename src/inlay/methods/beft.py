@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from inlay.engine.piece import Piece, trainable_dtype
 from inlay.engine.sites import Site
-from inlay.methods._linear import LinearMethod
+from inlay.pieces.linear import LinearMethod
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

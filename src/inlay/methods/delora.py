@@ -19,7 +19,7 @@ from torch import Tensor
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
 from inlay.errors import UnsupportedError
-from inlay.methods._linear import DeltaPiece, LinearMethod, named
+from inlay.pieces.linear import DeltaPiece, LinearMethod, named
 
 LEAST = 1e-4
 """A direction shorter than this is not scaled up to length one: where b starts at zero, there is none yet."""

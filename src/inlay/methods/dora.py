@@ -22,7 +22,8 @@ from inlay.engine.sites import Site, SiteIndex
 from inlay.errors import UnsupportedError
 from inlay.kernels import dora as kernel
 from inlay.kernels.choice import fusible
-from inlay.methods.lora import LoRA, LoRAPiece
+from inlay.methods.lora import LoRA
+from inlay.pieces.lora import LoRAPiece
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.errors import UnsupportedError
-from inlay.methods._linear import LinearMethod, named
-from inlay.methods._relative import RelativePiece
+from inlay.pieces.linear import LinearMethod, named
+from inlay.pieces.relative import RelativePiece
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

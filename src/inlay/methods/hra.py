@@ -24,8 +24,8 @@ from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.errors import ConfigError
 from inlay.kernels import reflections
-from inlay.methods._input_rotation import InputRotation, only_square_kernels
-from inlay.methods._linear import LinearMethod, named
+from inlay.pieces.input_rotation import InputRotation, only_square_kernels
+from inlay.pieces.linear import LinearMethod, named
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
-from inlay.methods._linear import DeltaPiece, LinearMethod, named
+from inlay.pieces.linear import DeltaPiece, LinearMethod, named
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.errors import UnsupportedError
 from inlay.kernels import grids
-from inlay.methods._linear import DeltaPiece, LinearMethod, named
-from inlay.methods._relative import RelativePiece
+from inlay.pieces.linear import DeltaPiece, LinearMethod, named
+from inlay.pieces.relative import RelativePiece
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
 from inlay.kernels import lora as kernel
-from inlay.methods._bottleneck import ACTIVATIONS
-from inlay.methods._linear import LinearMethod, named
-from inlay.methods._relative import RelativePiece
+from inlay.pieces.bottleneck import ACTIVATIONS
+from inlay.pieces.linear import LinearMethod, named
+from inlay.pieces.relative import RelativePiece
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from inlay.engine.prompts import attention_sites as places
 from inlay.engine.prompts.attention import PositionShift, PrefixAttention, switch_off, switch_on
 from inlay.engine.prompts.entry import arguments_of, encoder_of
 from inlay.errors import CheckpointError, ConfigError, UnsupportedError
-from inlay.methods._prefix_source import prefix_sources
+from inlay.pieces.prefix_source import prefix_sources
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex

@@ -23,7 +23,7 @@ from inlay.engine.prompts.calls import Combine
 from inlay.engine.prompts.entry import peft_fields, prompt_of, prompt_pieces, prompt_sites, take_prompt
 from inlay.engine.prompts.virtual_tokens import Prompt
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.methods._prompt_init import Init, initial_prompt
+from inlay.pieces.prompt_init import Init, initial_prompt
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex

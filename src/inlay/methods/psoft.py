@@ -24,7 +24,7 @@ from inlay.errors import ConfigError, UnsupportedError
 from inlay.kernels import rotations
 from inlay.kernels.choice import compute_dtype, without_autocast
 from inlay.kernels.lora import rows
-from inlay.methods._linear import DeltaPiece, LinearMethod, named
+from inlay.pieces.linear import DeltaPiece, LinearMethod, named
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, SiteIndex
-from inlay.methods._linear import named
-from inlay.methods._projections import Placed, Projections, Shared, SharingPiece, projected
 from inlay.methods.vera import VeRA
+from inlay.pieces.linear import named
+from inlay.pieces.projections import Placed, Projections, Shared, SharingPiece, projected
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

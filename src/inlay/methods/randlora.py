@@ -21,8 +21,8 @@ from torch import Tensor
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
 from inlay.kernels import dense, random_bases
-from inlay.methods._linear import named
-from inlay.methods._projections import Placed, Shared, SharingMethod, SharingPiece, as_trained, widest
+from inlay.pieces.linear import named
+from inlay.pieces.projections import Placed, Shared, SharingMethod, SharingPiece, as_trained, widest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from inlay.engine.piece import Piece, trainable_dtype
 from inlay.engine.sites import Site
 from inlay.errors import ConfigError
 from inlay.kernels import paired
-from inlay.methods._linear import LinearMethod, named
+from inlay.pieces.linear import LinearMethod, named
 
 SIZES = {"road_1": 1, "road_2": 2, "road_4": 4}
 

@@ -22,7 +22,7 @@ from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
 from inlay.errors import ConfigError
 from inlay.kernels import positions
-from inlay.methods._linear import DeltaPiece, LinearMethod, named
+from inlay.pieces.linear import DeltaPiece, LinearMethod, named
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
 from inlay.errors import ConfigError
 from inlay.kernels.choice import without_autocast
-from inlay.methods._linear import named
-from inlay.methods._projections import Placed, Shared, SharingMethod, SharingPiece, as_trained, projected
+from inlay.pieces.linear import named
+from inlay.pieces.projections import Placed, Shared, SharingMethod, SharingPiece, as_trained, projected
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
 from inlay.kernels.balanced import balanced
-from inlay.methods._linear import named
-from inlay.methods._projections import Placed, Shared, SharingMethod, SharingPiece, as_trained
+from inlay.pieces.linear import named
+from inlay.pieces.projections import Placed, Shared, SharingMethod, SharingPiece, as_trained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

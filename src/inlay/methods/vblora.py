@@ -21,8 +21,8 @@ from inlay.engine.sites import Site
 from inlay.errors import ConfigError
 from inlay.kernels import mixtures
 from inlay.kernels.choice import without_autocast
-from inlay.methods._linear import named
-from inlay.methods._projections import Placed, Shared, SharingMethod, SharingPiece
+from inlay.pieces.linear import named
+from inlay.pieces.projections import Placed, Shared, SharingMethod, SharingPiece
 
 TOPK = ("indices", "weights")
 

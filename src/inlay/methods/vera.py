@@ -18,8 +18,8 @@ from torch import Tensor
 
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
-from inlay.methods._linear import named
-from inlay.methods._projections import Placed, Projections, Shared, SharingMethod, SharingPiece, projected
+from inlay.pieces.linear import named
+from inlay.pieces.projections import Placed, Projections, Shared, SharingMethod, SharingPiece, projected
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

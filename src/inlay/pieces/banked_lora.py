@@ -23,7 +23,7 @@ from inlay.kernels import lora as kernel
 from inlay.kernels.choice import compute_dtype
 
 if TYPE_CHECKING:
-    from inlay.methods.lora import LoRAPiece
+    from inlay.pieces.lora import LoRAPiece
 
 Pair = tuple[Tensor, Tensor]
 State = tuple[Any, ...] | None

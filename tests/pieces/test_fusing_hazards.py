@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from methods import fusing_in_processes
-from methods.fusing_hosts import (
+from oracles.plain_formulas import attached, close
+from pieces import fusing_in_processes
+from pieces.fusing_hosts import (
     IDS,
     GatedNetwork,
     X,
@@ -27,14 +28,13 @@ from methods.fusing_hosts import (
     pair,
     siblings,
 )
-from oracles.plain_formulas import attached, close
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 from torch.utils.checkpoint import checkpoint
 
 import inlay
 from inlay.kernels import dropout, low_rank
-from inlay.methods import _fusing
+from inlay.pieces import fusing
 
 HOOKED = ("gate_proj", "up_proj", "down_proj", "act_fn", "q_proj", "k_proj", "v_proj", "self_attn", "mlp")
 
@@ -54,13 +54,13 @@ def both(plain: Any, fused: Any, times: int = 2, how: Callable[[Any], Tensor] = 
 def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, ...]]]:
     """The outputs of each time that siblings were computed together."""
     found: list[tuple[Tensor, ...]] = []
-    adapted = _fusing.siblings.adapted
+    adapted = fusing.siblings.adapted
 
     def watched(*args: Any) -> tuple[Tensor, ...]:
         found.append(outputs := adapted(*args))
         return outputs
 
-    monkeypatch.setattr(_fusing.siblings, "adapted", watched)
+    monkeypatch.setattr(fusing.siblings, "adapted", watched)
     yield found
     found.clear()
 

@@ -19,7 +19,7 @@ from inlay.engine.piece import Piece, take, trainable_dtype
 from inlay.engine.sites import Site
 from inlay.errors import ConfigError
 from inlay.kernels.choice import compute_dtype
-from inlay.methods._linear import DeltaPiece, LinearMethod
+from inlay.pieces.linear import DeltaPiece, LinearMethod
 
 Placed = Sequence[tuple[Site, Piece]]
 

@@ -11,7 +11,7 @@ from inlay.engine.piece import Method
 from inlay.engine.sites import Site
 from inlay.errors import UnsupportedError
 from inlay.kernels import dense
-from inlay.methods._linear import DeltaPiece
+from inlay.pieces.linear import DeltaPiece
 
 
 class RelativePiece(DeltaPiece):

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods.fusing_hosts import IDS, decoder, logits
 from oracles.plain_formulas import trained
+from pieces.fusing_hosts import IDS, decoder, logits
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 

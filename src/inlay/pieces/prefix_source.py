@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inlay.engine.piece import trainable_dtype
+from inlay.engine.sites import Site
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.methods._prompt_init import token_encoder
-
-if TYPE_CHECKING:
-    from inlay.engine.sites import Site
-    from inlay.methods.prefix_tuning import PrefixTuning
+from inlay.pieces.prompt_init import token_encoder
 
 
 class Prefix(nn.Module):
@@ -58,7 +55,7 @@ class ProjectedPrefix(nn.Module):
 
 
 def prefix_sources(
-    method: PrefixTuning, model: nn.Module, sites: Sequence[Site], rows: Sequence[int]
+    method: Any, model: nn.Module, sites: Sequence[Site], rows: Sequence[int]
 ) -> list[nn.Module]:
     """What gives each layer its (n, rows) keys and values, started as `method` says."""
     dtype, device, n = trainable_dtype(sites[0].dtype), sites[0].device, method.num_virtual_tokens

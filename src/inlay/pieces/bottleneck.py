@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from inlay.engine.piece import Piece, trainable_dtype
 from inlay.engine.sites import Site
 from inlay.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from inlay.methods.adapter import Adapter
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -32,14 +29,14 @@ INITS = ("zero_up", "bert", "houlsby")
 class Bottleneck(nn.Module):
     """A(x) = s · (W_up f(W_down x + b_down) + b_up), with W_down (m, in) and W_up (out, m)."""
 
-    def __init__(self, into: int, width: int, out: int, method: Adapter, site: Site) -> None:
+    def __init__(self, into: int, width: int, out: int, method: Any, site: Site) -> None:
         super().__init__()
         place: dict[str, Any] = {"dtype": trainable_dtype(site.dtype), "device": site.device}
         self.down = nn.Linear(into, width, **place)
         self.up = nn.Linear(width, out, **place)
         self.activation = method.activation
         self.dropout = method.dropout
-        self.scale = method.scale
+        self.scale: float = method.scale
         self.hidden: Tensor | None = None
         """Between the two places of a pair: what `narrow` gave, waiting for `widen`."""
         self._start(method.init)

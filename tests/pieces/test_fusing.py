@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engine import tiny
-from methods.fusing_hosts import (
+from oracles.plain_formulas import attached, kept, size
+from pieces.fusing_hosts import (
     IDS,
     MANY,
     GatedNetwork,
@@ -24,13 +25,12 @@ from methods.fusing_hosts import (
     outcome,
     pair,
 )
-from oracles.plain_formulas import attached, kept, size
 from torch import Tensor, nn
 
 import inlay
 from inlay.engine.host import inlays_of
 from inlay.errors import AdapterError, TargetError
-from inlay.methods._fusing import is_gated
+from inlay.pieces.fusing import is_gated
 
 WAYS = {"mlp": {}, "siblings": {"mlp": False, "siblings": True}, "both": {"siblings": True}}
 EACH_WAY = pytest.mark.parametrize("way", WAYS)
