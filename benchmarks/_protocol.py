@@ -355,14 +355,23 @@ class Results:
         self.again = options.again
         self.stored: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {"parts": {}}
 
-    def have(self, part: str, settings: Mapping[str, Any]) -> bool:
+    def part(self, name: str, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The record of a part: what is there, or what `measure` finds now, which is written down at once."""
+        if not self._have(name, settings):
+            print(f"{name}: measuring, {self.rounds} rounds", flush=True)
+            load = os.getloadavg()[0]
+            self._add(name, {"settings": dict(settings), **measure()}, load)
+        record: dict[str, Any] = self.stored["parts"][name]
+        return record
+
+    def _have(self, part: str, settings: Mapping[str, Any]) -> bool:
         """Whether this part was measured under these settings, by these versions and by this very source."""
         stored = self.stored["parts"].get(part)
         if stored is None or self.again or stored["settings"] != json.loads(json.dumps(settings)):
             return False
         return all(stored["environment"].get(key) == value for key, value in versions().items())
 
-    def add(self, part: str, record: Mapping[str, Any], load_before: float) -> None:
+    def _add(self, part: str, record: Mapping[str, Any], load_before: float) -> None:
         """Merge one part in and write the file."""
         self.stored["parts"][part] = {**record, "environment": environment(load_before)}
         self.path.parent.mkdir(parents=True, exist_ok=True)

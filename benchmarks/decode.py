@@ -11,7 +11,7 @@ That the tokens of a packed base are those of the base is shown first. The proto
 from __future__ import annotations
 
 import dataclasses
-import os
+import functools
 import statistics
 import warnings
 from collections.abc import Callable
@@ -113,11 +113,8 @@ def main() -> None:
         method, rows = PARTS[name]
         settings = {"rounds": results.rounds, "rank": RANK, "alpha": ALPHA, "tokens": TOKENS, "method": method,
                     "sequences": rows, "shape": dataclasses.asdict(SHAPE)}  # fmt: skip
-        if not results.have(name, settings):
-            print(f"{name}: measuring, {results.rounds} rounds", flush=True)
-            load = os.getloadavg()[0]
-            results.add(name, {"settings": settings, **measure(method, rows, results.rounds)}, load)
-        print(f"{name}\n{table(results.stored['parts'][name])}\n", flush=True)
+        record = results.part(name, settings, functools.partial(measure, method, rows, results.rounds))
+        print(f"{name}\n{table(record)}\n", flush=True)
     print(f"written to {results.path}")
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -168,11 +169,8 @@ def main() -> None:
     for part in protocol.chosen(list(PARTS), options.only):
         settings = {"rounds": repeats, "rank": RANK, "alpha": ALPHA, "shape": dataclasses.asdict(protocol.LLAMA6),
                     "allocator": ALLOCATOR, "variants": list(VARIANTS)}  # fmt: skip
-        if not results.have(part, settings):
-            print(f"{part}: measuring, {repeats} repeats of {len(VARIANTS)} variants", flush=True)
-            load = os.getloadavg()[0]
-            results.add(part, {"settings": settings, **measure(part, repeats)}, load)
-        print(f"{part}\n{table(results.stored['parts'][part])}\n", flush=True)
+        record = results.part(part, settings, functools.partial(measure, part, repeats))
+        print(f"{part}\n{table(record)}\n", flush=True)
     print(f"written to {results.path}")
 
 

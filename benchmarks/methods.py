@@ -11,7 +11,7 @@ gradient of x is wrong in peft). The protocol is in `_protocol.py`.
 
 from __future__ import annotations
 
-import os
+import functools
 import statistics
 import tempfile
 import warnings
@@ -120,10 +120,7 @@ def main() -> None:
     results = protocol.Results("methods", options)
     for kind in protocol.chosen([kind for kind in CONFIGS if kind in kinds()], options.only):
         settings = {"rounds": results.rounds, "size": SIZE, "rows": ROWS, "config": str(CONFIGS[kind]())}
-        if not results.have(kind, settings):
-            load = os.getloadavg()[0]
-            results.add(kind, {"settings": settings, **measure(kind, results.rounds)}, load)
-        record = results.stored["parts"][kind]
+        record = results.part(kind, settings, functools.partial(measure, kind, results.rounds))
         bare = statistics.median(record["variants"]["linear"]["seconds"])
         print("\n".join([*map(line, record["bounds"])]), f"   bare {1e3 * bare:.1f} ms", flush=True)
     print(f"written to {results.path}")

@@ -13,8 +13,8 @@ call. "peft" is `adapter_names` as it comes, "peft(n)" the same with `autocast_a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import os
 import random
 import statistics
 import warnings
@@ -200,11 +200,8 @@ def main() -> None:
         part = PARTS[name]
         settings = {"rounds": results.rounds, "rank": RANK, "alpha": ALPHA, "sequences": SEQUENCES,
                     "tolerance": TOLERANCE, **dataclasses.asdict(part)}  # fmt: skip
-        if not results.have(name, settings):
-            print(f"{name}: measuring, {results.rounds} rounds", flush=True)
-            load = os.getloadavg()[0]
-            results.add(name, {"settings": settings, **measure(part, results.rounds)}, load)
-        print(f"{name}\n{table(results.stored['parts'][name])}\n", flush=True)
+        record = results.part(name, settings, functools.partial(measure, part, results.rounds))
+        print(f"{name}\n{table(record)}\n", flush=True)
     print(f"written to {results.path}")
 
 

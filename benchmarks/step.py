@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import functools
 import importlib.util
-import os
 import shutil
 import statistics
 import warnings
@@ -399,11 +398,8 @@ def main() -> None:
         if part.missing:
             print(f"{name}: left out, {part.missing}")
             continue
-        if not results.have(name, settings):
-            print(f"{name}: measuring, {results.rounds} rounds of {len(part.variants)} variants", flush=True)
-            load = os.getloadavg()[0]
-            results.add(name, {"settings": settings, **measure(part, results.rounds)}, load)
-        print(f"{name}\n{table(results.stored['parts'][name])}\n", flush=True)
+        record = results.part(name, settings, functools.partial(measure, part, results.rounds))
+        print(f"{name}\n{table(record)}\n", flush=True)
     print(f"written to {results.path}")
 
 
