@@ -99,7 +99,8 @@ def test_both_ways(name: str, tmp_path: Path) -> None:
 def test_a_size_that_does_not_divide_becomes_the_nearest_that_does(fields: dict[str, int], tmp_path: Path) -> None:
     theirs = {"oft_block_size": fields["block_size"], "r": fields["r"], "target_modules": [*ATTENTION, "output.dense"]}
     case = Case(model("bert"), ids, {}, inlay.OFT(**fields, targets="attention,down"))
-    both_ways(case, peft.OFTConfig(**theirs), tmp_path)
+    with pytest.warns(UserWarning, match=rf"OFT: {max(fields.values())} does not divide"):
+        both_ways(case, peft.OFTConfig(**theirs), tmp_path)
 
 
 PAIRS: dict[str, peft.PeftConfig] = {

@@ -47,8 +47,9 @@ def psoft(i: int, o: int) -> int:
 
 
 ROWS = [
-    Row("oft", inlay.OFT(block_size=4), of_linears(oft, conv=(MIXED, 6 + 72 + 54)),  # by 3, 4 and 3
-        compiled=("llama",), refuses={"mixtral": "experts", "tied": "embed"}),
+    Row("oft", inlay.OFT(block_size=4), of_linears(oft), compiled=("llama",),
+        refuses={"mixtral": "experts", "tied": "embed"}),
+    Row("oft-conv", inlay.OFT(block_size=3), {"conv": (MIXED, 6 + 48 + 54)}, compiled=(), peft=False),
     Row("oft-exact", inlay.OFT(block_size=0, r=4, use_cayley_neumann=False, block_share=True),
         {"bert": 4 * 28, "conv": ("plane", 12 * 11 // 2)}),
     Row("oft-coft", inlay.OFT(block_size=8, coft=True, eps=0.5), {"bert": 4 * 4 * 28}, compiled=()),

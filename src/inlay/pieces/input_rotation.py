@@ -7,6 +7,7 @@ one activated first is the innermost, next to W: x goes through the second first
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,8 +66,12 @@ def only_square_kernels(method: Method, sites: Sequence[Site]) -> None:
 
 
 def nearest_divisor(wanted: int, size: int, what: str) -> int:
-    """The divisor of `size` nearest to the number wanted, the smaller of two; so does HF peft. 1 is refused."""
+    """The divisor of `size` nearest to the number wanted, the smaller of two, as in HF peft; with a warning where it is
+    another number. 1 is refused.
+    """
     found = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: (abs(n - wanted), n))
     if found == 1:
         raise ConfigError(f"{what}: no divisor of {size} but 1 is near {wanted}, and a block of one cannot turn")
+    if found != wanted:  # without the place, so that Python shows one of all places of this size
+        warnings.warn(f"{what.split(maxsplit=1)[0]}: {wanted} does not divide {size}; {found} is taken", stacklevel=2)
     return found
