@@ -226,7 +226,7 @@ def _output(net: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-@pytest.mark.parametrize("method", [LoRA(targets=EVERYWHERE), DoRA(targets=MODULES), LoRA(targets="experts")], ids=str)
+@pytest.mark.parametrize("method", [LoRA(targets=EVERYWHERE), DoRA(targets=MODULES), LoRA(r=3, targets="experts")], ids=str)
 def test_it_compiles_in_one_graph_with_its_gradients(hosts: nn.Module, ids: torch.Tensor, method: LoRA) -> None:
     inlay.attach(hosts, method)
     randomise(hosts)
@@ -353,9 +353,9 @@ def test_a_parametrised_weight_takes_lora_but_no_dora_or_merging() -> None:
     [
         (LoRA(targets="table", lora_bias=True), "lora_bias.*table"),
         (LoRA(targets="attention", lora_bias=True), "lora_bias.*attention"),
-        (LoRA(targets="experts", dropout=0.1), "no input to drop"),
+        (LoRA(r=3, targets="experts", dropout=0.1), "no input to drop"),
         (LoRA(targets="conv", init="pissa"), "is for linears"),
-        (DoRA(targets="experts"), "bare parameter"),
+        (DoRA(r=3, targets="experts"), "bare parameter"),
     ],
     ids=str,
 )
@@ -387,7 +387,8 @@ def test_impossible_fields_are_refused_by_name(method: Any, fields: dict[str, An
     [
         (LoRA(r=3, targets="conv"), "r=3 does not divide by the 2 groups"),
         (LoRA(r=3, targets="linear", init="orthogonal"), "even rank"),
-        (LoRA(r=9, targets="linear", init="olora"), "has only 8"),
+        (LoRA(r=4, targets="linear,narrow", init="olora", overrides={"linear": {"r": 9}}), "has only 8"),
+        (LoRA(r=9, targets="linear"), r"smaller side of its weight, which is 8 at linear.* choose r from 1 to 8"),
     ],
     ids=str,
 )

@@ -176,7 +176,7 @@ CASES: dict[str, Case] = {
     "conv1d, padding same": conv(lambda: nn.Conv1d(4, 6, 3, padding="same", bias=False), 2, 4, 9),
     "conv2d": conv(lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0)), 2, 4, 7, 6),
     "conv2d 1x1": conv(lambda: nn.Conv2d(4, 6, 1), 2, 4, 3, 3),
-    "conv3d": conv(lambda: nn.Conv3d(2, 3, 2, padding=1), 2, 2, 3, 4, 3),
+    "conv3d": conv(lambda: nn.Conv3d(2, 3, 2, padding=1), 2, 2, 3, 4, 3, r=3),
     "multi-head attention": Case(
         seeded(lambda: Attend(False)), floats(5, 2, 8), {"r": 3, "target_modules": ["attention"]},
         LoRA(r=3, alpha=8, targets="attention"), mend=undouble),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor, nn
 
+from inlay.engine.checkpoint import LOADING
 from inlay.engine.peft_names import file_paths, overrides_from_peft, peft_pattern, peft_targets, targets_from_peft
 from inlay.engine.piece import Method, Piece, take
 from inlay.engine.sites import Site, SiteIndex
@@ -26,11 +27,12 @@ from inlay.engine.trained_copy import copies
 from inlay.errors import ConfigError, UnsupportedError
 from inlay.pieces.lora import LoRAPiece
 from inlay.pieces.low_rank_init import INITS
+from inlay.pieces.quantisation import is_quantised, plain_weights_of
 
 if TYPE_CHECKING:
     pass
 
-Init = Literal["kaiming", "gaussian", "orthogonal", "olora", "pissa", "random"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "olora", "pissa", "loftq", "random"]
 NOT_HERE = ("use_qalora", "alora_invocation_tokens", "layer_replication", "use_bdlora", "arrow_config", "kasa_config",
             "velora_config", "monteclora_config", "megatron_config")  # fmt: skip
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -56,7 +58,8 @@ class LoRA(Method):
     rank_stabilised: bool = False
     """s = alpha / √r instead of alpha / r."""
     init: Init = "kaiming"
-    """How A and B start: kaiming or gaussian A with B = 0; orthogonal (B A = 0); olora (QR of W); pissa (SVD of W)."""
+    """How A and B start: kaiming or gaussian A with B = 0; orthogonal (B A = 0); olora (QR of W); pissa (SVD of W);
+    loftq (SVD of what quantising W lost)."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Train biases of the base too: every one in the model, or those of the adapted modules."""
     lora_bias: bool = False
@@ -90,12 +93,31 @@ class LoRA(Method):
         return LoRAPiece(self, site)
 
     def build(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Piece]]:
-        made = super().build(model, sites)
+        if not LOADING.get():
+            self._refuse_a_rank_that_nothing_has(sites)
+        lost = [is_quantised(site.weight) for site in sites if cast("LoRA", self.at(site)).init == "loftq"]
+        if lost and not any(lost):
+            raise UnsupportedError(
+                f"{type(self).__name__}(init='loftq') makes up for what quantising the base lost, and this base is not "
+                "quantised: load it with load='4bit', or take init='pissa'"
+            )
+        with plain_weights_of(model):
+            made = super().build(model, sites)
         if self.bias != "none":
             adapted = {site.path for site in sites}
             biases = (site for site in SiteIndex(model).parameters() if site.parameter == "bias")
             made += copies(site for site in biases if self.bias == "all" or site.path in adapted)
         return made
+
+    def _refuse_a_rank_that_nothing_has(self, sites: Sequence[Site]) -> None:
+        """Raise ConfigError where the rank is above what a change can have at every place: it was meant otherwise."""
+        most = {site: smaller_side(site) for site in sites}
+        if most and all(cast("LoRA", self.at(site)).r > rank for site, rank in most.items()):
+            site = max(most, key=most.__getitem__)
+            raise ConfigError(
+                f"{type(self).__name__}(r={self.r}): no change has more ranks than the smaller side of its weight, "
+                f"which is {most[site]} at {site.name} and no more elsewhere; choose r from 1 to {most[site]}"
+            )
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -178,6 +200,14 @@ class LoRA(Method):
 
         method = (DoRA if config.get("use_dora") else cls)(**cls.fields_from_peft(config))
         return [method, *(TrainableTokens.from_lora(config) if config.get("trainable_token_indices") else [])]
+
+
+def smaller_side(site: Site) -> int:
+    """The highest rank that a weight has: of a stack of matrices (experts), each of them."""
+    if site.kind == "linear":
+        return min(site.in_features, site.out_features)  # the shape of a quantised weight is that of its codes
+    shape = site.weight.shape
+    return min(shape[-2:]) if site.kind == "parameter" else min(len(site.weight), math.prod(shape[1:]))
 
 
 def peft_can_convolve(module: nn.Module) -> bool:
