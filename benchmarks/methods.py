@@ -58,6 +58,10 @@ CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "waveft": lambda: peft.WaveFTConfig(n_frequency=2592, target_modules=["0"]),
     "glora": lambda: peft.GloraConfig(r=8, target_modules=["0"]),
     "peanut": lambda: peft.PeanutConfig(r=32, target_modules=["0"]),
+    "deft": lambda: peft.DeftConfig(target_modules=["0"]),
+    "frod": lambda: peft.FrodConfig(target_modules=["0"], progressbar=False),
+    "adamss": lambda: peft.AdamssConfig(target_modules=["0"]),
+    "osf": lambda: peft.OSFConfig(target_modules=["0"]),
 }
 WRONG_GRADIENT = {"c3a"}
 """Whose gradient of x is wrong in peft 0.21.2, as tests/oracles shows against the explicit matrix."""

@@ -102,7 +102,7 @@ def test_check_show_methods_and_convert_print(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["trian"], "there is no verb 'trian'; did you mean 'train'?"),
+        (["trian"], "there is no verb 'trian'; did you mean 'train' or 'trim'?"),
         (["train", "--modle", "m"], "inlay train has no option --modle; did you mean '--model'"),
         (["train", "--model"], "--model"),
         (["train", "--train", "a.jsonl"], "names no model"),

@@ -207,16 +207,22 @@ FIELDS: dict[str, dict[str, Any]] = {
 """What the methods are tried with; the others with their defaults."""
 FAMILIES = [importlib.import_module(f"docs.{file.stem}") for file in sorted(Path(__file__).parent.glob("family_*.py"))]
 """Methods that share a file here: their FIELDS, and their FORMULAS as `test_formulas` has them."""
+AFTER = {"adapter"}
+"""Methods that sit at a place as a whole, on what came out of it."""
+OWN_SYMBOLS: dict[str, dict[str, int]] = {}
+"""Where a method's fields give the table's symbols other values than `SYMBOLS`."""
 for family in FAMILIES:
     FIELDS |= family.FIELDS
+    AFTER |= getattr(family, "AFTER", set())
+    OWN_SYMBOLS |= getattr(family, "SYMBOLS", {})
 SYMBOLS = {
     "r": 2, "m": 3, "n": 3, "h": 8, "ensemble": 1, "ids": 2, "L": 2, "kv": 4, "d_k": 8, "d_v": 8,
     "k": 1, "g": 1, "E": 1,
 }  # fmt: skip
 """The table's symbols for these fields, and for the tiny models (2 layers, 4 heads, width 32)."""
-COPYING = ("full", "freezing", "head", "bitfit")
+COPYING = ("full", "freezing", "head", "bitfit", "apet", "sparse")
 """Methods whose targets are parameters, or modules that stand for all of theirs."""
-UNTARGETED = ("prompt_tuning", "p_tuning")
+UNTARGETED = {"prompt_tuning", "p_tuning"}.union(*(getattr(family, "UNTARGETED", ()) for family in FAMILIES))
 
 
 def aimed(kind: str, target: Any, **fields: Any) -> Method:

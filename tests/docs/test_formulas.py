@@ -134,6 +134,7 @@ FORMULAS: dict[str, tuple[str, Callable[[str], tuple[Tensor, Tensor]]]] = {
 }
 for family in FAMILIES:
     FORMULAS |= {kind: (text, linear(change)) for kind, (text, change) in family.FORMULAS.items()}
+    FORMULAS |= getattr(family, "ORACLES", {})  # of methods that no linear can hold: (text, oracle) as they are
 
 
 @pytest.mark.parametrize("kind", ROWS)

@@ -10,7 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from docs.places import DOCS, HOSTS, PLACES, ROWS, SYMBOLS, Host, Whole, aimed, cells, fresh, moved, output
+from docs.places import (
+    AFTER,
+    DOCS,
+    HOSTS,
+    OWN_SYMBOLS,
+    PLACES,
+    ROWS,
+    SYMBOLS,
+    Host,
+    Whole,
+    aimed,
+    cells,
+    fresh,
+    moved,
+    output,
+)
 from torch import Tensor, nn
 
 import inlay
@@ -128,9 +143,10 @@ def counted(kind: str, host: Host, model: nn.Module) -> int:
     if re.fullmatch(r"size|bias", formula):
         return copied[formula]
     sizes = list(host.sizes) or [{}]
-    if kind == "adapter":  # one at the place as a whole; what goes in is what came out of it
+    if kind in AFTER:  # one at the place as a whole; what goes in is what came out of it
         sizes = [{**one, "d_in": one["d_out"]} for one in (sizes if host.target == "mlp" else sizes[-1:])]
-    return sum(evaluated(formula, {**SYMBOLS, **one, "d_l": one.get("d_out", 0)}) for one in sizes)
+    symbols = {**SYMBOLS, **OWN_SYMBOLS.get(kind, {})}
+    return sum(evaluated(formula, {**symbols, **one, "d_l": one.get("d_out", 0)}) for one in sizes)
 
 
 def _sum(parameters: Mapping[str, Tensor]) -> int:

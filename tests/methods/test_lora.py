@@ -226,7 +226,9 @@ def _output(net: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-@pytest.mark.parametrize("method", [LoRA(targets=EVERYWHERE), DoRA(targets=MODULES), LoRA(r=3, targets="experts")], ids=str)
+@pytest.mark.parametrize(
+    "method", [LoRA(targets=EVERYWHERE), DoRA(targets=MODULES), LoRA(r=3, targets="experts")], ids=str
+)
 def test_it_compiles_in_one_graph_with_its_gradients(hosts: nn.Module, ids: torch.Tensor, method: LoRA) -> None:
     inlay.attach(hosts, method)
     randomise(hosts)

@@ -30,6 +30,9 @@ def adalora(i: int, o: int) -> int:
 ROWS = [
     Row("adalora", inlay.AdaLoRA(init_r=R, target_r=R), of_linears(adalora, conv=(MIXED, total(CONVOLUTIONS, adalora))),
         compiled=("llama", "conv"), refuses={"mixtral": "experts", "tied": "embed"}),
+    Row("increlora", inlay.IncreLoRA(init_r=R, target_r=R),
+        {host: claim for host, claim in of_linears(adalora).items() if host in ("bert", "llama", "gpt2", "plain")},
+        compiled=("llama",), peft=False, refuses={"mixtral": "experts", "conv": "space"}),
     Row("loha", inlay.LoHa(r=R), of_linears(loha, conv=(MIXED, total(CONVOLUTIONS, loha))), compiled=("llama", "conv"),
         refuses={"mixtral": "experts", "tied": "embed"}),
 ]  # fmt: skip

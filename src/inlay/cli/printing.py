@@ -56,6 +56,11 @@ def print_shown(found: AdapterFolder | list[Places]) -> None:
         typer.echo(f"base        {found.base_model}")
         held = f"{found.parameters:,} parameters in {found.tensors} tensors"
         typer.echo(f"weights     {held} ({', '.join(found.dtypes)}), {size(found.bytes)}")
+        if found.quantised is not None:
+            sizes = [size(found.quantised[name]) for name in ("bytes", "plain_bytes")]
+            error, worst = found.quantised["relative_error"], found.quantised["largest_error"]
+            held = f"{found.quantised['kind']}: {found.quantised['tensors']} matrices in {sizes[0]}, plain {sizes[1]}"
+            typer.echo(f"quantised   {held}; relative error {error:.2%}, at most {worst:.2%}")
         if found.modules_to_save:
             typer.echo(f"whole       {', '.join(found.modules_to_save)}")
         typer.echo(f"read by     {reader}")

@@ -194,18 +194,41 @@ def convert(
     model: Annotated[
         str | None, typer.Option(help="The base model, to check shapes against and to fingerprint.")
     ] = None,
+    quantise: Annotated[
+        str | None, typer.Option(metavar="int8|nf4", help="Store its matrices as codes; read by Inlay only.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Check an adapter and write it anew in the format that Inlay and HF peft share."""
     from inlay.train import convert
 
-    done = convert(folder, out, model=model, overwrite=overwrite)
+    done = convert(folder, out, model=model, quantise=quantise, overwrite=overwrite)
     reader = "Inlay only" if done.peft_type == "INLAY" else f"Inlay and HF peft ({done.peft_type})"
     typer.echo(f"{done.out}: {done.tensors} tensors, {done.renamed} keys renamed; read by {reader}")
 
 
-VERBS = (quickstart, check, train, evaluate, predict, merge, show, methods, convert)
-NEED_ARGUMENTS = frozenset({check, train, evaluate, predict, merge, show, convert})
+def trim(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The base model: a folder or a hub id.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write the smaller model to.")],
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Texts whose tokens stay; repeat it for several languages.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(metavar="COLUMN", help="Which column has the text.")] = None,
+    min_count: Annotated[int, typer.Option(min=1, help="How often a token has to occur in the data to stay.")] = 1,
+    script: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A script whose tokens stay, such as Latin; repeatable.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Drop the tokens that some languages never use from a multilingual model; their text is computed as before."""
+    from inlay.train import trim
+
+    done = trim(model, data or [], out, text=text, min_count=min_count, scripts=script, overwrite=overwrite)
+    typer.echo(f"{done.out}: a plain transformers model\n{done.report}")
+
+
+VERBS = (quickstart, check, train, evaluate, predict, merge, show, methods, convert, trim)
+NEED_ARGUMENTS = frozenset({check, train, evaluate, predict, merge, show, convert, trim})
 
 
 def _run(

@@ -1,8 +1,9 @@
 """The adapters of one model and their three states: loaded, active, trainable.
 
 Loaded: the pieces sit in the model (`attach`, `load`, `detach`). Active: they run, in the order of activation, the
-first innermost (`activate`, `using`, `disabled`). Trainable: their parameters require gradients (`trainable`). Each
-state changes by its own verb and never as a side effect of another; `train()` and `eval()` change none of them.
+first innermost, or as a composition says (`activate`, `using`, `disabled`). Trainable: their parameters require
+gradients (`trainable`). Each state changes by its own verb and never as a side effect of another; `train()` and
+`eval()` change none of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 if TYPE_CHECKING:
     from inlay.engine.bank import Bank
 
+from inlay.engine.composition import Bound, Composition, names_in
 from inlay.engine.controller import Controller
 from inlay.engine.host import RESERVED, State, close_host, hosts, inlays_of, open_host, refresh_class
 from inlay.engine.merging import fold, merged_parameters, swap
@@ -82,7 +84,7 @@ class Adapters:
 
     def active_pieces(self) -> Placed:
         """Every (site, piece) of the active adapters, in the order of activation."""
-        return [placed for name in self.state.active for placed in self.loaded[name].pieces()]
+        return [placed for name in names_in(self.state.active) for placed in self.loaded[name].pieces()]
 
 
 def find_adapters(model: nn.Module) -> Adapters | None:
@@ -147,6 +149,7 @@ def make(
     methods = [methods] if isinstance(methods, Method) else list(methods)
     if not methods:
         raise ConfigError("attach was given no method: pass one, such as inlay.LoRA(r=8), or a list of them")
+    methods = [part for method in methods for part in method.parts(index)]
     sites = [method.sites(index) for method in methods]
     placed = [method.build(model, found) for method, found in zip(methods, sites, strict=True)]
     _refuse_overlap(methods, placed)
@@ -224,11 +227,14 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     adapters = adapters_of(model)
     model = base_model(model)
     names = list(adapters.loaded) if name is None else [adapters.get(name).name]
+    for part in adapters.state.active:
+        if isinstance(part, Bound) and name in part.names and len(adapters.loaded) > 1:
+            raise AdapterError(f"adapter {name!r} is part of {part.of}: activate something else first")
     unmerge(model)
     adapters.forget_banks()
     for one in names:
         adapter = adapters.loaded.pop(one)
-        adapters.state.active = tuple(active for active in adapters.state.active if active != one)
+        adapters.state.active = tuple(a for a in adapters.state.active if one not in names_in((a,)))
         for method, placed in zip(adapter.methods, adapter.placed, strict=True):
             method.on_detach(model, placed)
         for site, _ in adapter.pieces():
@@ -252,21 +258,35 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 # -- active ------------------------------------------------------------------------------------------------------------
 
 
-def activate(model: nn.Module, *names: str) -> None:
-    """Make exactly these adapters active, the first innermost; with no name, none: the base model."""
+def activate(model: nn.Module, *names: str | Composition | Bound) -> None:
+    """Make exactly these adapters active, the first innermost; with no name, none: the base model.
+
+    Beside names, compositions: `activate(model, "law", Parallel("a", "b"))`; see docs/combining.md.
+    """
     adapters = adapters_of(model)
-    wanted = tuple(adapters.get(name).name for name in names)
-    if len(set(wanted)) != len(wanted):
-        raise AdapterError(f"activate was given an adapter twice: {list(wanted)}")
-    if adapters.state.merged and wanted != adapters.state.active:
+    wanted: list[str | Bound] = []
+    for one in names:
+        wanted += one.bind(adapters) if isinstance(one, Composition | Bound) else (adapters.get(one).name,)
+    parts, running = tuple(wanted), names_in(tuple(wanted))
+    if sum(len(set(names_in((part,)))) for part in parts) != len(set(running)):
+        raise AdapterError(f"activate was given an adapter twice: {list(running)}")
+    if adapters.state.merged and parts != adapters.state.active:
         raise AdapterError(f"adapters {list(adapters.state.merged)} are merged: call inlay.unmerge(model) first")
     if adapters.state.bank is not None:
-        adapters.state.bank.weigh(dict.fromkeys(wanted, 1.0))
-    adapters.state.active = wanted
+        if running != parts:
+            raise AdapterError(
+                "a composition does not run while several adapters share this model's calls: leave per_row, or "
+                "switchable(model, False), first"
+            )
+        adapters.state.bank.weigh(dict.fromkeys(running, 1.0))
+    for part in parts:
+        if isinstance(part, Bound):
+            part.start(base_model(model), parts)
+    adapters.state.active = parts
 
 
 @contextlib.contextmanager
-def using(model: nn.Module, *names: str) -> Iterator[nn.Module]:
+def using(model: nn.Module, *names: str | Composition | Bound) -> Iterator[nn.Module]:
     """Within the block, exactly these adapters are active; afterwards, those that were (if still loaded)."""
     before = adapters_of(model).state.active
     activate(model, *names)
@@ -275,7 +295,7 @@ def using(model: nn.Module, *names: str) -> Iterator[nn.Module]:
     finally:
         left = find_adapters(model)
         if left is not None:
-            activate(model, *(name for name in before if name in left.loaded))
+            activate(model, *(part for part in before if set(names_in((part,))) <= left.loaded.keys()))
 
 
 def disabled(model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
@@ -283,9 +303,9 @@ def disabled(model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
     return using(model)
 
 
-def active(model: nn.Module) -> tuple[str, ...]:
-    """The active adapters in the order of composition."""
-    return adapters_of(model).state.active
+def active(model: nn.Module) -> tuple[str | Composition, ...]:
+    """The active adapters, and compositions of them, in order."""
+    return tuple(part if isinstance(part, str) else part.of for part in adapters_of(model).state.active)
 
 
 # -- trainable ---------------------------------------------------------------------------------------------------------
@@ -303,7 +323,8 @@ def trainable(model: nn.Module, *names: str) -> None:
 def controllers(model: nn.Module) -> list[Controller]:
     """The controllers of the active adapters, for a training loop to call."""
     adapters = adapters_of(model)
-    return [controller for name in adapters.state.active for controller in adapters.loaded[name].controllers]
+    names = dict.fromkeys(names_in(adapters.state.active))
+    return [controller for name in names for controller in adapters.loaded[name].controllers]
 
 
 # -- merged ------------------------------------------------------------------------------------------------------------
@@ -329,7 +350,7 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
         detach(model)
     elif not adapters.state.merged:
         swap(adapters, merged_parameters(adapters))
-        adapters.state.merged = adapters.state.active
+        adapters.state.merged = names_in(adapters.state.active)
     return model
 
 

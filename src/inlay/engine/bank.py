@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.engine.adapters import Adapters, adapters_of
+from inlay.engine.composition import names_in
 from inlay.engine.host import Inlays, State, inlays_of
 from inlay.engine.piece import Piece
 from inlay.engine.sites import kind_of
@@ -100,11 +101,12 @@ class Bank:
         if not present:
             return None
         if id(inlays) not in self._pieces:
-            self._pieces[id(inlays)] = _together(present, self) or Segments(self)
+            self._pieces[id(inlays)] = together(present, self) or Segments(self)
         return self._pieces[id(inlays)]
 
 
-def _together(present: dict[int, tuple[Piece, ...]], bank: Bank) -> Piece | None:
+def together(present: dict[int, tuple[Piece, ...]], bank: Bank) -> Piece | None:
+    """One piece that computes what these of one place do, by their number in the bank; None where there is none."""
     if any(len(pieces) != 1 for pieces in present.values()):
         return None
     single = {n: pieces[0] for n, pieces in present.items()}
@@ -216,7 +218,10 @@ def switchable(model: nn.Module, on: bool = True) -> nn.Module:
                 f"switchable is for low-rank changes of linears (LoRA), and {type(module).__name__} has more: "
                 "activate compiles again for each set of adapters, once"
             )
-    bank.weigh(dict.fromkeys(adapters.state.active, 1.0))
+    active = names_in(adapters.state.active)
+    if active != adapters.state.active:
+        raise AdapterError("a composition is active, which no numbers can switch: activate adapters by name first")
+    bank.weigh(dict.fromkeys(active, 1.0))
     adapters.state.bank = bank
     return model
 

@@ -1,7 +1,7 @@
 """Which methods there are, read off the files in `inlay/methods` without importing them (or torch).
 
 A method's kind is the name of its file; its class is the frozen dataclass that the file defines. So adding a method
-edits nothing here, and `inlay --help` costs no import.
+edits nothing here, and `inlay --help` costs no import. Methods over other adapters are files of `inlay/combining`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,37 @@ import re
 from pathlib import Path
 
 PACKAGE = "inlay.methods"
+COMBINING = "inlay.combining"
+"""Where the methods over other adapters are, each in the file of its kind."""
 _METHOD = re.compile(r"^@dataclasses\.dataclass\(frozen=True, kw_only=True\)\nclass (\w+)\(", re.MULTILINE)
 
 
 @functools.cache
 def files() -> dict[str, Path]:
     """Each method's file, by kind."""
-    spec = importlib.util.find_spec(PACKAGE)
+    return _files(PACKAGE)
+
+
+def _files(package: str) -> dict[str, Path]:
+    spec = importlib.util.find_spec(package)
     assert spec is not None
     folders = spec.submodule_search_locations or ()
     found = {path.stem: path for folder in folders for path in Path(folder).glob("[!_]*.py")}
     return {kind: found[kind] for kind in sorted(found)}
+
+
+@functools.cache
+def combining() -> dict[str, Path]:
+    """The file of each method over other adapters, by kind."""
+    found = _files(COMBINING).items()
+    return {kind: path for kind, path in found if f'\n    kind = "{kind}"\n' in path.read_text(encoding="utf-8")}
+
+
+def module_of(kind: str) -> str | None:
+    """The module that defines the method `kind`; None when there is none."""
+    if kind in files():
+        return f"{PACKAGE}.{kind}"
+    return f"{COMBINING}.{kind}" if kind in combining() else None
 
 
 def kinds() -> list[str]:
@@ -34,7 +54,8 @@ def kinds() -> list[str]:
 def classes() -> dict[str, str]:
     """The name of every method class, and the module that has it."""
     return {
-        name: f"{PACKAGE}.{kind}"
-        for kind, path in files().items()
+        name: f"{package}.{kind}"
+        for package, found in ((PACKAGE, files()), (COMBINING, combining()))
+        for kind, path in found.items()
         for name in _METHOD.findall(path.read_text(encoding="utf-8"))
     }

@@ -22,16 +22,18 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from inlay.engine import adapters as engine
-from inlay.engine import files
+from inlay.engine import codes, files
 from inlay.engine.fingerprint import compare, fingerprint
 from inlay.engine.peft_names import ambiguous, as_peft_writes, brought_parameters, prefixed, shortest_names
 from inlay.engine.piece import Method
 from inlay.engine.registry import all_methods, make_method
 from inlay.engine.sites import Site, SiteIndex
+from inlay.engine.tensor_file import owned
 from inlay.engine.trained_copy import ModulesToSave
 from inlay.errors import BaseModelError, CheckpointError, InlayError, TargetError, UnsupportedError, did_you_mean
 
-FORMAT = 1
+FORMAT = 2
+"""1, and 2 where matrices are quantised: an older version then refuses the file instead of reading codes as values."""
 PEFT_VERSION = "0.21.2"
 """The version whose format is written; peft reads it to decide how to treat old files."""
 LOADING = contextvars.ContextVar("loading", default=False)
@@ -41,22 +43,29 @@ LOADING = contextvars.ContextVar("loading", default=False)
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
+def save(model: nn.Module, folder: str | Path, name: str = "default", *, quantise: str | None = None) -> Path:
     """Write the adapter `name` into `folder` (made if need be); returns the folder.
 
-    Files are written beside their places and renamed, so a crash leaves the old adapter or the new one. Raises
-    AdapterError when it is not loaded, CheckpointError when the disk is full.
+    Files are written beside their places and renamed, so a crash leaves the old adapter or the new one. `quantise`
+    ("int8", "nf4") stores its matrices as codes, for Inlay only. Raises AdapterError when it is not loaded,
+    CheckpointError when the disk is full, UnsupportedError for matrices that codes cannot stand for.
     """
     folder = Path(folder)
     adapter = engine.adapters_of(model).get(name)
     model = engine.base_model(model)
     index = SiteIndex(model)
-    peft = peft_config(adapter, index)
+    peft = peft_config(adapter, index) if quantise is None else None
     tensors, extra = _tensors(adapter, plain=peft is not None)
     tensors = tensors if peft is None else as_peft_writes(tensors)
     pairs = zip(adapter.methods, adapter.placed, strict=True)
-    described = {"methods": [_describe(method, placed, index) for method, placed in pairs]}
+    described: dict[str, Any] = {"methods": [_describe(method, placed, index) for method, placed in pairs]}
     tag = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    said: dict[str, str] = {}
+    if quantise is not None:
+        whole = [number for number, method in enumerate(adapter.methods) if isinstance(method, ModulesToSave)]
+        chosen = codes.matrices(tensors, whole, [piece for _, piece in adapter.pieces()])
+        tensors, said, report = codes.coded(tensors, codes.check_kind(quantise), chosen)
+        tag, described["quantised"] = f"{tag}-{quantise}", dataclasses.asdict(report)
     config: dict[str, Any] = {
         "peft_type": "INLAY",
         "base_model_name_or_path": base_name(model),
@@ -66,7 +75,7 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
             "base_model_class": type(model).__name__,
             "parent_library": type(model).__module__,
             "inlay": {
-                "format": FORMAT,
+                "format": 1 if quantise is None else FORMAT,
                 "version": _version(),
                 **described,
                 "tag": tag,
@@ -76,9 +85,9 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
         },
     }
     metadata = {"format": "pt", "inlay": tag}
-    contents = {files.WEIGHTS: (_own(tensors), metadata)}
+    contents = {files.WEIGHTS: (owned(tensors), {**metadata, **said})}
     if extra:
-        contents[files.EXTRA] = (_own(extra), metadata)
+        contents[files.EXTRA] = (owned(extra), metadata)
     files.write(folder, config, contents)
     return folder
 
@@ -138,18 +147,6 @@ def _tensors(adapter: engine.Adapter, plain: bool) -> tuple[dict[str, Tensor], d
         tensors |= {key if plain else f"{number}.{key}": value for key, value in own.items()}
         extra |= {f"{number}.{key}": value for key, value in more.items()}
     return tensors, extra
-
-
-def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, unshared copies where needed: the file format has no aliases."""
-    seen: set[int] = set()
-    owned: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        tensor = value.detach().contiguous()
-        pointer = tensor.untyped_storage().data_ptr()
-        owned[key] = tensor.clone() if pointer in seen or tensor.storage_offset() else tensor
-        seen.add(pointer)
-    return owned
 
 
 def _describe(method: Method, placed: engine.Placed, index: SiteIndex) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from inlay.engine import codes
 from inlay.engine.tensor_file import write_tensors
 from inlay.errors import CheckpointError, nearest
 
@@ -66,7 +67,14 @@ def locate(folder: Path, name: str) -> Path:
 
 
 def read_tensors(folder: Path, name: str = WEIGHTS) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's tensors and metadata. Pickle files are refused, whatever they hold."""
+    """A safetensors file's tensors, those that are codes decoded, and its metadata. Pickle files are refused."""
+    tensors, metadata = read_stored(folder, name)
+    decoded = codes.plain(tensors, metadata, locate(folder, name))
+    return decoded, {key: value for key, value in metadata.items() if key != codes.ENTRY}
+
+
+def read_stored(folder: Path, name: str = WEIGHTS) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same as they are stored: codes and their scales are tensors of their own."""
     path = locate(folder, name)
     if not path.is_file():
         for pickle in PICKLES:

@@ -20,6 +20,7 @@ from inlay.engine.piece import Piece
 
 if TYPE_CHECKING:
     from inlay.engine.bank import Bank
+    from inlay.engine.composition import Bound
 
 CHILD = "inlays"
 """The name of the child that holds a host's pieces: `host.inlays.<adapter>.<piece>`."""
@@ -35,13 +36,13 @@ class State:
     """
 
     def __init__(self) -> None:
-        self.active: tuple[str, ...] = ()
+        self.active: tuple[str | Bound, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.bank: Bank | None = None
         """While several adapters share each call: who decides, instead of `active`, what runs where."""
 
     @property
-    def running(self) -> tuple[str, ...] | Bank:
+    def running(self) -> tuple[str | Bound, ...] | Bank:
         """The adapters whose pieces run: those active, unless their effect is in the weights already."""
         if self.merged:
             return ()
@@ -119,7 +120,7 @@ class Inlays(nn.Module):
     """The pieces of one host: `inlays.<adapter>` is a ModuleDict of pieces, whichever adapter is active."""
 
     host: nn.Module
-    _seen: tuple[str, ...] | Bank | None
+    _seen: tuple[str | Bound, ...] | Bank | None
     _formed: Layers | None
 
     def __init__(self, host: nn.Module, state: State, transposed: bool) -> None:
@@ -166,9 +167,12 @@ class Inlays(nn.Module):
         """Whether there is no reason any more to be a host."""
         return not self._modules and self.few_rows is None
 
-    def pieces(self, adapters: tuple[str, ...], parameter: str | None) -> Iterator[Piece]:
+    def pieces(self, adapters: tuple[str | Bound, ...], parameter: str | None) -> Iterator[Piece]:
         """The pieces of these adapters, in order, that act on `parameter` (None: on the module's call)."""
         for adapter in adapters:
+            if not isinstance(adapter, str):
+                yield from adapter.pieces(self, parameter)
+                continue
             shelf = self._modules.get(adapter)
             if shelf is not None:
                 for piece in shelf.children():
@@ -227,7 +231,7 @@ class Inlays(nn.Module):
             self._formed, self._seen = self._form(running), running
         return self._formed
 
-    def _form(self, running: tuple[str, ...] | Bank) -> Layers:
+    def _form(self, running: tuple[str | Bound, ...] | Bank) -> Layers:
         base: Callable[..., Any] = base_class(type(self.host)).forward
         if self.few_rows is not None and not torch.compiler.is_compiling():
             base = self.few_rows

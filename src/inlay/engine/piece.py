@@ -55,6 +55,11 @@ class Piece(nn.Module):
         return bias
 
     @property
+    def current_rank(self) -> int | None:
+        """How many ranks it has, where training decides that."""
+        return None
+
+    @property
     def mergeable(self) -> bool:
         """Whether `weight` is defined."""
         return type(self).weight is not Piece.weight
@@ -129,6 +134,10 @@ class Method:
         reject_unknown(fields, (field.name for field in dataclasses.fields(cls)), cls.__name__)
         return super().__new__(cls)
 
+    def parts(self, index: SiteIndex) -> list[Method]:
+        """What is attached in place of this method: itself, or those that a named combination consists of."""
+        return [self]
+
     # -- where -------------------------------------------------------------------------------------------------------
 
     def sites(self, index: SiteIndex) -> list[Site]:
@@ -175,6 +184,20 @@ class Method:
                     f"{did_you_mean(pattern, [site.tail for site in sites])}"
                 )
         return [(site, self.at(site).piece(site)) for site in sites]
+
+    @property
+    def wants_data(self) -> bool:
+        """Whether `prepare` has to see rows before the method can be attached."""
+        return False
+
+    def prepare(self, model: nn.Module, batches: Any) -> Method:
+        """What to attach to this model, now that batches of its training rows can be looked at (`engine.batches`).
+
+        Called on the bare model, before `attach`, by `inlay train` where `wants_data`, or by the user. Returns a copy
+        that holds what was found, and leaves the model and its random states as they were. A run that is resumed, and
+        an adapter that is loaded, have it in their files: this is not called for them.
+        """
+        return self
 
     def on_attach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
         """Called once the pieces sit in the model, for methods that must also set something on it."""

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from inlay.engine.catalogue import PACKAGE, kinds
+from inlay.engine.catalogue import kinds, module_of
 from inlay.engine.piece import KINDS, Method
 from inlay.errors import ConfigError, did_you_mean
 
@@ -15,10 +15,11 @@ from inlay.errors import ConfigError, did_you_mean
 def method_class(kind: str) -> type[Method]:
     """The `Method` subclass registered as `kind`. Raises ConfigError, naming the nearest, when there is none."""
     if kind not in KINDS:
-        if kind not in kinds():
+        module = module_of(kind)
+        if module is None:
             hint = did_you_mean(kind, kinds())
             raise ConfigError(f"there is no method {kind!r}{hint} (`inlay methods` lists them all)")
-        importlib.import_module(f"{PACKAGE}.{kind}")
+        importlib.import_module(module)
     return KINDS[kind]
 
 

@@ -23,8 +23,9 @@ class Pair(NamedTuple):
 class SubLayers:
     """The sub-layers of one model, by the roles of its places."""
 
-    def __init__(self, index: SiteIndex) -> None:
+    def __init__(self, index: SiteIndex, what: str = "Adapter") -> None:
         self.index = index
+        self.what = what  # begins the error messages
         self.named = index.by_name()
         self.blocks = {site.path for site in index.sites if "block" in site.roles}
         self.post_norms = {self.block(s.path): s for s in index.sites if {"ffn_norm", "post_norm"} <= s.roles}
@@ -42,7 +43,7 @@ class SubLayers:
             places += self.attention_outputs()
         if not places:
             raise TargetError(
-                f"Adapter(placement={placement!r}): no feed-forward network was recognised in "
+                f"{self.what}(placement={placement!r}): no feed-forward network was recognised in "
                 f"{type(self.index.model).__name__}; name the places with targets=... (`inlay show MODEL` lists them)"
             )
         return places
@@ -68,8 +69,8 @@ class SubLayers:
         firsts = [site for site in ups if self.block(site.path) == block]
         if not firsts:
             raise UnsupportedError(
-                f"Adapter(placement='parallel'): {last.name} has no first projection beside it that is known; name the "
-                "places with targets=..."
+                f"{self.what}(placement='parallel'): {last.name} has no first projection beside it that is known; "
+                "name the places with targets=..."
             )
         first = max(firsts, key=lambda site: len(_holder(site.path, last.path)))
         return Pair(self.named[_holder(first.path, last.path)], first)
@@ -78,8 +79,8 @@ class SubLayers:
         """How many features go into a place and come out of it."""
         if isinstance(site.module, nn.GroupNorm | nn.modules.batchnorm._NormBase):
             raise UnsupportedError(
-                f"Adapter cannot sit at {site.name}: {type(site.module).__name__} has its channels on the second axis, "
-                "and a bottleneck works on the last one; use another method there"
+                f"{self.what} cannot sit at {site.name}: {type(site.module).__name__} has its channels on the second "
+                "axis, and a bottleneck works on the last one; use another method there"
             )
         if site.kind != "module":
             return site.in_features, site.out_features
@@ -88,7 +89,7 @@ class SubLayers:
         seconds = [s for s in inside if "down" in s.roles]
         if not seconds:
             raise UnsupportedError(
-                f"Adapter: the width of what comes out of {site.name} ({type(site.module).__name__}) is not known; "
+                f"{self.what}: the width of what comes out of {site.name} ({type(site.module).__name__}) is not known; "
                 "target the linear that computes it"
             )
         firsts = [s.in_features for s in inside if "up" in s.roles]
@@ -96,7 +97,7 @@ class SubLayers:
 
     def norms(self, layers: Any = None) -> Sequence[Site]:
         """The parameters of every normalisation layer outside the heads (of those layers only)."""
-        sites = parameter_sites(self.index, "norm", layers=layers, what="Adapter(train_norms=True)")
+        sites = parameter_sites(self.index, "norm", layers=layers, what=f"{self.what}(train_norms=True)")
         return [site for site in sites if "head" not in site.roles]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from torch import nn
 
 from inlay.engine.adapters import adapters_of, base_model
+from inlay.engine.composition import names_in
 from inlay.engine.host import CHILD
 
 
@@ -20,6 +22,13 @@ class Row:
     examples: tuple[str, ...]
     parameters: int
     bytes: int
+    ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """By place, for methods whose ranks change in training."""
+
+    def __str__(self) -> str:
+        every = sorted(self.ranks.values())
+        ranks = f"   ranks {every[0]} to {every[-1]}, {sum(every)} in all" if every else ""
+        return f"{', '.join(self.examples)}{ranks}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Summary:
         widths = [max(len(row.adapter) for row in self.rows), max(len(row.method) for row in self.rows)]
         lines = [
             f"{row.adapter:<{widths[0]}}  {row.method:<{widths[1]}}  {row.places:>4} places  "
-            f"{row.parameters:>12,} parameters  {row.bytes:>13,} bytes   {', '.join(row.examples)}"
+            f"{row.parameters:>12,} parameters  {row.bytes:>13,} bytes   {row}"
             for row in self.rows
         ]
         share = self.trainable_parameters / self.total_parameters if self.total_parameters else 0.0
@@ -63,7 +72,9 @@ def summary(model: nn.Module) -> Summary:
             names = list(dict.fromkeys(site.name or type(model).__name__ for site, _ in placed))
             examples = tuple(names[:2] + (["…"] if len(names) > 2 else []))
             count = sum(p.numel() for p in own)
-            rows.append(Row(adapter.name, method.kind, len(names), examples, count, sum(p.nbytes for p in own)))
+            ranks = {site.name: rank for site, piece in placed if (rank := piece.current_rank) is not None}
+            size = sum(p.nbytes for p in own)
+            rows.append(Row(adapter.name, method.kind, len(names), examples, count, size, ranks))
     parameters = dict(model.named_parameters())
     base = sum(p.numel() for name, p in parameters.items() if CHILD not in name.split("."))
     pieces = [piece for adapter in adapters.loaded.values() for _, piece in adapter.pieces()]
@@ -71,7 +82,7 @@ def summary(model: nn.Module) -> Summary:
     added = [p for name, p in parameters.items() if CHILD in name.split(".")]
     return Summary(
         rows=tuple(rows),
-        active=adapters.state.active,
+        active=names_in(adapters.state.active),
         trainable_parameters=sum(p.numel() for p in parameters.values() if p.requires_grad),
         base_parameters=base,
         added_parameters=sum(p.numel() for p in added if id(p) not in copied),

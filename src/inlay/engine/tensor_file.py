@@ -27,6 +27,18 @@ DTYPES = {
 RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES)}
 
 
+def owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, unshared copies where needed: the file format has no aliases."""
+    seen: set[int] = set()
+    owned: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        tensor = value.detach().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        owned[key] = tensor.clone() if pointer in seen or tensor.storage_offset() else tensor
+        seen.add(pointer)
+    return owned
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write contiguous tensors that share no memory; the metadata comes sorted."""
     named = sorted(tensors.items(), key=lambda item: (RANKS[item[1].dtype], item[0]))

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from inlay.engine.controller import Controller
 from inlay.errors import ConfigError, TrainingError
+from inlay.pieces.importance import orthogonality_loss, take_in
 
 if TYPE_CHECKING:
     from inlay.methods.adalora import AdaLoRA, AdaLoRAPiece
@@ -42,12 +43,8 @@ class RankBudget(Controller):
     def extra_loss(self) -> Tensor | None:
         if not self.method.orthogonality or not torch.is_grad_enabled():
             return None
-        parts = []
-        for piece in self.pieces:
-            for rows in (piece.lora_A, piece.lora_B.t()):
-                eye = torch.eye(rows.shape[0], dtype=rows.dtype, device=rows.device)
-                parts.append(torch.linalg.matrix_norm(rows @ rows.t() - eye))
-        return self.method.orthogonality * torch.stack(parts).mean() if parts else None
+        matrices = [rows for piece in self.pieces for rows in (piece.lora_A, piece.lora_B.t())]
+        return self.method.orthogonality * orthogonality_loss(matrices) if matrices else None
 
     def budget(self, step: int) -> int:
         """How many triplets there are to be after this step."""
@@ -85,9 +82,8 @@ class RankBudget(Controller):
                     raise TrainingError("AdaLoRA's controller is called after optimizer.step() and before zero_grad()")
                 now = (parameter * parameter.grad).abs()
                 average = self.sensitivity.setdefault(key, torch.zeros_like(now))
-                average.lerp_(now, 1 - self.method.beta1)
                 strays = self.uncertainty.setdefault(key, torch.zeros_like(now))
-                strays.lerp_((now - average).abs(), 1 - self.method.beta2)
+                take_in(now, average, strays, self.method.beta1, self.method.beta2)
 
     def allocate(self, budget: int) -> None:
         """Leave the best triplets of the whole model; of those that score alike, the first."""

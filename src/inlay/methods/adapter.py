@@ -41,6 +41,7 @@ class Adapter(Method):
     default_targets = "down"  # in a few words: `SubLayers.places` finds them
     paper = "Houlsby et al. 2019, arXiv:1902.00751"
     learning_rate: ClassVar[float] = 3e-4
+    inits: ClassVar[tuple[str, ...]] = INITS
 
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
     """Where the bottleneck stands. With `targets`, at the output of those places (parallel: beside them)."""
@@ -60,33 +61,34 @@ class Adapter(Method):
     """Train the normalisation layers too; None: with houlsby only."""
 
     def __post_init__(self) -> None:
+        what = type(self).__name__
         if self.placement not in ("houlsby", "pfeiffer", "parallel"):
-            raise ConfigError(f"Adapter(placement={self.placement!r}): choose one of houlsby, pfeiffer, parallel")
+            raise ConfigError(f"{what}(placement={self.placement!r}): choose one of houlsby, pfeiffer, parallel")
         if self.bottleneck is not None and (not isinstance(self.bottleneck, int) or self.bottleneck < 1):
-            raise ConfigError(f"Adapter(bottleneck={self.bottleneck!r}): a whole number of at least 1 is needed")
+            raise ConfigError(f"{what}(bottleneck={self.bottleneck!r}): a whole number of at least 1 is needed")
         if self.reduction_factor <= 0:
-            raise ConfigError(f"Adapter(reduction_factor={self.reduction_factor!r}): a positive number is needed")
+            raise ConfigError(f"{what}(reduction_factor={self.reduction_factor!r}): a positive number is needed")
         if self.activation not in ACTIVATIONS:
             hint = did_you_mean(self.activation, ACTIVATIONS)
-            raise ConfigError(f"Adapter(activation={self.activation!r}): choose one of {', '.join(ACTIVATIONS)}{hint}")
-        if self.init not in INITS:
-            raise ConfigError(f"Adapter(init={self.init!r}): choose one of {', '.join(INITS)}")
+            raise ConfigError(f"{what}(activation={self.activation!r}): choose one of {', '.join(ACTIVATIONS)}{hint}")
+        if self.init not in self.inits:
+            raise ConfigError(f"{what}(init={self.init!r}): choose one of {', '.join(self.inits)}")
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"Adapter(dropout={self.dropout!r}): a probability in [0, 1) is needed")
+            raise ConfigError(f"{what}(dropout={self.dropout!r}): a probability in [0, 1) is needed")
 
     def sites(self, index: SiteIndex) -> list[Site]:
         targets = self.targets
         if targets is None:
-            places = {id(site) for site in SubLayers(index).places(self.placement)}
+            places = {id(site) for site in SubLayers(index, type(self).__name__).places(self.placement)}
             targets = lambda site: id(site) in places  # noqa: E731
         found = index.select(
             targets, hosts=self.hosts, exclude=self.exclude, layers=self.layers, what=type(self).__name__
         )
         train_norms = self.placement == "houlsby" if self.train_norms is None else self.train_norms
-        return [*found, *SubLayers(index).norms(self.layers)] if train_norms else found
+        return [*found, *SubLayers(index, type(self).__name__).norms(self.layers)] if train_norms else found
 
     def build(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Piece]]:
-        layers = SubLayers(SiteIndex(model))
+        layers = SubLayers(SiteIndex(model), type(self).__name__)
         made: list[tuple[Site, Piece]] = []
         for site in sites:
             if site.kind == "parameter":

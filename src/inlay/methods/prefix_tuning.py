@@ -23,13 +23,14 @@ from inlay.engine.prompts.attention import PositionShift, PrefixAttention, switc
 from inlay.engine.prompts.entry import arguments_of, encoder_of
 from inlay.errors import CheckpointError, ConfigError, UnsupportedError
 from inlay.pieces.prefix_source import prefix_sources
+from inlay.pieces.transfer import Transfer
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefixTuning(Method):
+class PrefixTuning(Transfer):
     """n trained keys and values in each self-attention. Parameters: n · Σ over layers of (d_k + d_v) · key-value heads;
     reparametrised (d: hidden size, m: projection_size): n·d + m(d + 1) + (m + 1) · Σ (d_k + d_v) · key-value heads.
 
@@ -72,6 +73,11 @@ class PrefixTuning(Method):
                 raise ConfigError(f"PrefixTuning({name}={getattr(self, name)!r}): choose one of {', '.join(allowed)}")
         if self.init == "text" and (not self.text or self.projection_size is not None):
             raise ConfigError("PrefixTuning(init='text') needs text=, and no projection_size, which cannot be inverted")
+        if self.init_from is not None and (self.init != "random" or self.projection_size is not None):
+            raise ConfigError(
+                "PrefixTuning(init_from=…) has no other init, and no projection_size, which has no inverse"
+            )
+        self.check_transfer()
         if self.overrides:
             raise ConfigError("PrefixTuning has no overrides: all layers are stored as one tensor of n rows")
 
@@ -101,12 +107,12 @@ class PrefixTuning(Method):
         for site, shape, source in zip(sites, shapes, sources, strict=True):
             bias = places.bias_source(site, model)
             pieces.append((site, PrefixAttention(source, self.num_virtual_tokens, shape, site.module, bias)))
+        by_path = {site.path: site for site in index.sites if site.parameter is None}
         if self.shift_positions:
-            by_path = {site.path: site for site in index.sites if site.parameter is None}
             for path, module, positions, start in places.position_modules(model, sites):
                 shift = PositionShift(self.num_virtual_tokens, arguments_of(module), positions, start)
                 pieces.append((by_path[path], shift))
-        return pieces
+        return pieces + self.recorder(model, by_path[""])
 
     def on_attach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
         """Have the attentions' configs name the function that knows prefixes."""
@@ -119,7 +125,7 @@ class PrefixTuning(Method):
 
     def for_file(self) -> Method:
         """The method as a file describes it: how the prefix started no longer matters."""
-        return self.replace(init="random", text=None, tokenizer=None)
+        return self.replace(init="random", text=None, tokenizer=None, init_from=None, init_weights=None)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -152,9 +158,8 @@ class PrefixTuning(Method):
                     parameter.copy_(take(extra, name, parameter.shape))
             return
         parts = torch.split(stored, [piece.source().shape[1] for _, piece in placed], dim=-1)
-        with torch.no_grad():
-            for (_, piece), part in zip(placed, parts, strict=True):
-                piece.source().copy_(part)
+        for (_, piece), part in zip(placed, parts, strict=True):
+            piece.source.take(part)  # type: ignore[operator]
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
         """peft's PrefixTuningConfig; UnsupportedError for what it has no fields for."""

@@ -24,13 +24,15 @@ from inlay.engine.prompts.entry import peft_fields, prompt_of, prompt_pieces, pr
 from inlay.engine.prompts.virtual_tokens import Prompt
 from inlay.errors import ConfigError, UnsupportedError
 from inlay.pieces.prompt_init import Init, initial_prompt
+from inlay.pieces.saved_prompt import starting_vectors
+from inlay.pieces.transfer import Transfer
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptTuning(Method):
+class PromptTuning(Transfer):
     """n trained input vectors (d: width of the token embedding). Parameters: ensemble · num_virtual_tokens · d.
 
     Encoders and decoders see the prompt before their text; in an encoder–decoder it stands before the source. Outputs
@@ -77,6 +79,11 @@ class PromptTuning(Method):
             raise ConfigError(
                 f"{type(self).__name__} sits at the model's entry: it has no targets, layers or overrides"
             )
+        if self.init_from is not None and (self.init or self.text or self.labels):
+            raise ConfigError(
+                f"{type(self).__name__}(init_from={self.init_from!r}) and another start: keep one of them"
+            )
+        self.check_transfer()
 
     def sites(self, index: SiteIndex) -> list[Site]:
         """The model, its encoder if it is an encoder–decoder, and the token embedding that reads the text."""
@@ -88,15 +95,21 @@ class PromptTuning(Method):
         assert isinstance(embedding, nn.Embedding)
         added = self.position == "added"
         init = self.init or ("zeros" if added else "vocabulary")
-        vectors = initial_prompt(
-            model, embedding, self.num_virtual_tokens, self.ensemble, init, self.text, self.labels, self.tokenizer
-        )
-        prompt = Prompt(vectors.to(trainable_dtype(sites[-1].dtype)))
-        return prompt_pieces(sites, prompt, self.num_virtual_tokens, self.ensemble, added, self.combine)
+        n = self.num_virtual_tokens
+        if self.init_from is not None:
+            shape = (n, embedding.embedding_dim)
+            vectors = starting_vectors(model, self.init_from, self.init_weights, shape, self.ensemble, prefix=False)
+        else:
+            vectors = initial_prompt(model, embedding, n, self.ensemble, init, self.text, self.labels, self.tokenizer)
+        prompt = Prompt(vectors.to(sites[-1].device, trainable_dtype(sites[-1].dtype)))
+        pieces = prompt_pieces(sites, prompt, n, self.ensemble, added, self.combine)
+        pieces[1:1] = self.recorder(model, sites[0])  # around the piece at the model's entry
+        return pieces
 
     def for_file(self) -> Method:
         """The method as a file describes it: how the vectors started no longer matters."""
-        return self.replace(init="zeros", text=None, labels=None, tokenizer=None)
+        start = {"init": "zeros", "text": None, "labels": None, "tokenizer": None}
+        return self.replace(**start, init_from=None, init_weights=None)
 
     def export(self, pieces: Sequence[tuple[Site, Piece]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """`prompt_embeddings`: (ensemble · n, d)."""
@@ -114,7 +127,8 @@ class PromptTuning(Method):
         """peft's PromptTuningConfig; UnsupportedError for what it has no fields for."""
         if self.position == "added" or self.ensemble > 1:
             raise UnsupportedError("HF peft has neither added prompts nor prompt ensembles")
-        return {**peft_fields(self.num_virtual_tokens, sites, index), "prompt_tuning_init": "RANDOM"}
+        tables = [site for site in sites if isinstance(site.module, nn.Embedding)]
+        return {**peft_fields(self.num_virtual_tokens, tables, index), "prompt_tuning_init": "RANDOM"}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> list[Method]:

@@ -12,17 +12,13 @@ Parameters: r (in + out).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
 from inlay.errors import ConfigError
 from inlay.kernels import positions
-from inlay.pieces.linear import DeltaPiece, LinearMethod, named
+from inlay.pieces.linear import LinearMethod, named
+from inlay.pieces.sparse import SparseLinear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,37 +46,14 @@ class SHiRA(LinearMethod):
         return SHiRAPiece(self, site)
 
 
-class SHiRAPiece(DeltaPiece):
-    """The entries (n) and their places, rows and columns (2, n), by HF peft's names."""
-
-    shira_indices: Tensor
+class SHiRAPiece(SparseLinear):
+    """r (in + out) entries at random places."""
 
     def __init__(self, method: SHiRA, site: Site) -> None:
-        super().__init__(method, site)
-        total, count = self.shape[0] * self.shape[1], method.r * sum(self.shape)
-        if count > total:
+        o, i = site.out_features, site.in_features
+        count = method.r * (o + i)
+        if count > o * i:
             raise ConfigError(
-                f"SHiRA(r={method.r}): {site.name} has {total} entries, fewer than r (in + out) = {count}"
+                f"SHiRA(r={method.r}): {site.name} has {o * i} entries, fewer than r (in + out) = {count}"
             )
-        self.shira_weight = self.start(count, value=0.0)
-        flat = positions.drawn(count, total, method.random_seed).sort().values
-        places = torch.stack(positions.places(flat, self.shape)[:2])
-        self.register_buffer("shira_indices", places.to(site.device))
-
-    def where(self) -> positions.Positions:
-        """The places."""
-        return positions.Positions(self.shira_indices[0], self.shira_indices[1], self.shape)
-
-    def forward(self, inner: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return positions.changed(inner, x, self.shira_weight, self.where())
-
-    def form(self, *tensors: Tensor) -> Tensor:
-        return positions.scattered(tensors[0], self.where().flat(), self.shape)
-
-    def file_tensors(self) -> dict[str, Tensor]:
-        return {"shira_weight": self.shira_weight, "shira_indices": self.shira_indices}
-
-    def load_file_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        rows, columns = tensors["shira_indices"].long()
-        order = (rows * self.shape[1] + columns).argsort()  # any order means the same, and the kernel needs this one
-        super().load_file_tensors({name: tensor[..., order] for name, tensor in tensors.items()})
+        super().__init__(method, site, positions.drawn(count, o * i, method.random_seed).sort().values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from inlay.errors import UnsupportedError
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
+    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
     "swish": F.silu,
     "tanh": torch.tanh,
@@ -32,14 +34,22 @@ class Bottleneck(nn.Module):
     def __init__(self, into: int, width: int, out: int, method: Any, site: Site) -> None:
         super().__init__()
         place: dict[str, Any] = {"dtype": trainable_dtype(site.dtype), "device": site.device}
-        self.down = nn.Linear(into, width, **place)
-        self.up = nn.Linear(width, out, **place)
+        self.down = self.layer(into, width, method, place)
+        self.up = self.layer(width, out, method, place)
         self.activation = method.activation
         self.dropout = method.dropout
         self.scale: float = method.scale
         self.hidden: Tensor | None = None
         """Between the two places of a pair: what `narrow` gave, waiting for `widen`."""
         self._start(method.init)
+
+    def layer(self, into: int, out: int, method: Any, place: dict[str, Any]) -> Any:
+        """What W_down and W_up are; `project` multiplies by it."""
+        return nn.Linear(into, out, **place)
+
+    def project(self, layer: Any, x: Tensor) -> Tensor:
+        """W x + b, in the dtype of x."""
+        return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
     @torch.no_grad()
     def _start(self, init: str) -> None:
@@ -55,12 +65,12 @@ class Bottleneck(nn.Module):
 
     def narrow(self, x: Tensor) -> Tensor:
         """f(W_down x + b_down), (…, m)."""
-        z = F.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
+        z = self.project(self.down, x)
         return F.dropout(ACTIVATIONS[self.activation](z), self.dropout, self.training)
 
     def widen(self, z: Tensor) -> Tensor:
         """s · (W_up z + b_up), (…, out)."""
-        return self.scale * F.linear(z, self.up.weight.to(z.dtype), self.up.bias.to(z.dtype))
+        return self.scale * self.project(self.up, z)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.widen(self.narrow(x))

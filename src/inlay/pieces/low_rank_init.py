@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from inlay.engine.checkpoint import LOADING
 from inlay.engine.piece import trainable_dtype
 from inlay.engine.sites import Site
 from inlay.errors import ConfigError, UnsupportedError
+from inlay.pieces.quantisation import is_quantised, largest_part, what_was_lost
 
-INITS = ("kaiming", "gaussian", "orthogonal", "olora", "pissa", "random")
+INITS = ("kaiming", "gaussian", "orthogonal", "olora", "pissa", "loftq", "random")
 
 
 def factor_shapes(r: int, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -44,6 +46,12 @@ def initial_factors(r: int, init: str, site: Site, scale: float) -> tuple[Tensor
     if LOADING.get():  # a file is about to fill them
         return a, torch.empty(shape_b, dtype=dtype, device=device), init in ("olora", "pissa")
     b = torch.zeros(shape_b, dtype=dtype, device=device)
+    if init == "loftq":
+        if is_quantised(site.weight):
+            _check_rank(r, init, site, site.weight.quant_state.shape)  # type: ignore[attr-defined]
+            a, b = largest_part(what_was_lost(site), r, scale)
+            return a.to(dtype), b.to(dtype), False
+        init = "kaiming"  # nothing was lost here
     if init == "kaiming" and site.kind != "embedding":
         bound = 1 / math.sqrt(a[0].numel())
         return a.uniform_(-bound, bound), b, False
@@ -63,15 +71,17 @@ def initial_factors(r: int, init: str, site: Site, scale: float) -> tuple[Tensor
         raise UnsupportedError(f"init={init!r} factors the weight of {site.name}, which is quantised: use 'kaiming'")
     weight = site.weight.detach().to(torch.float32)
     weight = weight.T if site.transposed else weight
-    limit = min(weight.shape)
-    if r > limit:
-        raise ConfigError(f"init={init!r} takes r={r} directions of {site.name}, whose weight has only {limit}")
+    _check_rank(r, init, site, weight.shape)
     if init == "olora":
         q, upper = torch.linalg.qr(weight)
         return upper[:r].to(dtype).contiguous(), q[:, :r].to(dtype).contiguous(), True
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    root = torch.sqrt(s[:r] / scale)
-    return (root[:, None] * v[:r]).to(dtype).contiguous(), (u[:, :r] * root).to(dtype).contiguous(), True
+    a, b = largest_part(weight, r, scale)
+    return a.to(dtype), b.to(dtype), True
+
+
+def _check_rank(r: int, init: str, site: Site, shape: Sequence[int]) -> None:
+    if r > min(shape):
+        raise ConfigError(f"init={init!r} takes r={r} directions of {site.name}, whose weight has only {min(shape)}")
 
 
 def _orthogonal(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:

@@ -12,17 +12,29 @@ from inlay.engine.piece import trainable_dtype
 from inlay.engine.sites import Site
 from inlay.errors import ConfigError, UnsupportedError
 from inlay.pieces.prompt_init import token_encoder
+from inlay.pieces.saved_prompt import starting_vectors
 
 
 class Prefix(nn.Module):
-    """The keys and values of one layer as they are: (n, rows)."""
+    """The keys and values of one layer as they are: (n, rows), of which the first `frozen` are not trained."""
 
-    def __init__(self, value: Tensor) -> None:
+    frozen: Tensor | None
+
+    def __init__(self, value: Tensor, frozen: int = 0) -> None:
         super().__init__()
-        self.prefix = nn.Parameter(value)
+        self.prefix = nn.Parameter(value[frozen:].clone() if frozen else value)
+        self.register_buffer("frozen", value[:frozen].clone() if frozen else None)
 
     def forward(self) -> Tensor:
-        return self.prefix
+        return self.prefix if self.frozen is None else torch.cat((self.frozen, self.prefix))
+
+    @torch.no_grad()
+    def take(self, value: Tensor) -> None:
+        """Become these keys and values."""
+        first = 0 if self.frozen is None else len(self.frozen)
+        if self.frozen is not None:
+            self.frozen.copy_(value[:first])
+        self.prefix.copy_(value[first:])
 
 
 class Projection(nn.Module):
@@ -54,9 +66,7 @@ class ProjectedPrefix(nn.Module):
         return output
 
 
-def prefix_sources(
-    method: Any, model: nn.Module, sites: Sequence[Site], rows: Sequence[int]
-) -> list[nn.Module]:
+def prefix_sources(method: Any, model: nn.Module, sites: Sequence[Site], rows: Sequence[int]) -> list[nn.Module]:
     """What gives each layer its (n, rows) keys and values, started as `method` says."""
     dtype, device, n = trainable_dtype(sites[0].dtype), sites[0].device, method.num_virtual_tokens
     if method.projection_size is not None:
@@ -71,11 +81,15 @@ def prefix_sources(
                 nn.init.zeros_(source.out.weight)
                 nn.init.zeros_(source.out.bias)
         return [source.to(device, dtype) for source in projected]
-    if method.init == "text":
+    if method.init_from is not None:
+        start = starting_vectors(model, method.init_from, method.init_weights, (n, sum(rows)), 1, prefix=True)
+        values = list(torch.split(start, list(rows), dim=-1))
+    elif method.init == "text":
         values = text_prefix(model, sites, rows, n, str(method.text), method.tokenizer)
     else:
         values = [torch.zeros(n, count) if method.init == "zeros" else torch.randn(n, count) for count in rows]
-    return [Prefix(value.to(device, dtype)) for value in values]
+    frozen = getattr(method, "num_frozen_tokens", 0)
+    return [Prefix(value.to(device, dtype), frozen) for value in values]
 
 
 @torch.no_grad()

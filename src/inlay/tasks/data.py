@@ -26,7 +26,7 @@ Source: TypeAlias = "str | Path | Mapping[str, Any] | Dataset | DatasetDict"
 
 _SUFFIXES = frozenset(LINE_READERS) | {".parquet"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_ORIGIN = "rows of "  # begins the description of a table that was read from a file
+ORIGIN = "rows of "  # begins the description of a table that was read from a file
 
 
 def read_rows(source: Source, *, split: str | None = None) -> Dataset:
@@ -90,7 +90,7 @@ def place(rows: Dataset, index: int) -> str:
 def origin(rows: Dataset) -> Path | None:
     """The file that the rows were read from, where it is known."""
     description = rows.info.description or ""
-    return Path(description.removeprefix(_ORIGIN)) if description.startswith(_ORIGIN) else None
+    return Path(description.removeprefix(ORIGIN)) if description.startswith(ORIGIN) else None
 
 
 def source_name(rows: Dataset) -> str:
@@ -124,7 +124,7 @@ def _file(path: Path) -> Dataset:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if table.num_rows == 0:
         raise DataError(f"{path} has no rows")
-    return Dataset(InMemoryTable(table), info=DatasetInfo(description=f"{_ORIGIN}{path}"))
+    return Dataset(InMemoryTable(table), info=DatasetInfo(description=f"{ORIGIN}{path}"))
 
 
 def _folder(folder: Path) -> dict[str, Dataset]:

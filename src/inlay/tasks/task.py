@@ -42,6 +42,7 @@ SUPPORT = frozenset(
         "generation",
         "labels",
         "loading",
+        "mixture",
         "packing",
         "prompts",
         "quantised",
@@ -49,6 +50,9 @@ SUPPORT = frozenset(
         "spans",
         "task",
         "text_metrics",
+        "trimmed_model",
+        "trimmed_tokenizer",
+        "vocabulary",
     }
 )
 """Files beside the tasks that are none."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from inlay.train.inspect import methods, show
     from inlay.train.record import Record
     from inlay.train.training import Interrupted, train
+    from inlay.train.trimming import trim
     from inlay.train.use import evaluate, merge, predict
 
 _PLACES = {
@@ -30,12 +31,13 @@ _PLACES = {
     "methods": "inspect",
     "convert": "conversion",
     "quickstart": "demo",
+    "trim": "trimming",
     "Record": "record",
 }
 
 __all__ = [
     "Data", "Interrupted", "Record", "Run", "check", "convert", "evaluate", "merge", "methods", "predict", "quickstart",
-    "show", "train",
+    "show", "train", "trim",
 ]  # fmt: skip
 
 

@@ -6,9 +6,10 @@ again would cost. Units are then treated, the best first by
     bytes no longer kept / FLOPs of doing without them
 
 until what is kept fits. There is a table of mechanisms: computing a unit again in the backward pass
-(`torch.utils.checkpoint`, not reentrant, with the same random numbers), and, on GPUs, moving what it keeps to the host.
-Loss and gradients stay what they were. The budget is for what is held when the forward ends; while a unit's backward
-runs, that unit is held in full beside what is left.
+(`torch.utils.checkpoint`, not reentrant, with the same random numbers); on GPUs, moving what it keeps to the host; and,
+for the blocks of a reversible stack (MEFT), inverting the whole stack, which is such a unit. Loss and gradients stay
+what they were (an inverted stack's gradients to the tolerance of its method). The budget is for what is held when the
+forward ends; while a unit's backward runs, that unit is held in full beside what is left.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 from inlay.engine.sites import SiteIndex
 from inlay.errors import ConfigError
+from inlay.pieces.reconstruction import kept as keeping
+from inlay.pieces.reconstruction import running
+from inlay.pieces.reversible import ReversibleStack
 from inlay.train.around import Around, Forward
 from inlay.train.options import readable
 from inlay.train.saved import Profile, Storages, Unit, profile
@@ -37,11 +41,23 @@ if TYPE_CHECKING:
 Call = Callable[..., Any]
 
 
+@dataclasses.dataclass(kw_only=True)
+class StackUnit(Unit):
+    """The blocks of a reversible stack, from the beginning of the first to the end of the last."""
+
+    stack: ReversibleStack
+    streams: int = 0
+    """Bytes that an inverted pass keeps beside what the first block is given."""
+
+
 class Mechanism(Protocol):
     """A way of not keeping what a unit would keep."""
 
     verb: str
     """What happens to the unit, for the report."""
+
+    def takes(self, unit: Unit) -> bool:
+        """Whether it can be used on such a unit."""
 
     def available(self, device: torch.device) -> bool:
         """Whether it can be used there."""
@@ -60,6 +76,10 @@ class Recompute:
     """Keep a unit's inputs alone, and compute the rest again in the backward pass."""
 
     verb = "recomputed"
+
+    def takes(self, unit: Unit) -> bool:
+        """Any module."""
+        return not isinstance(unit, StackUnit)
 
     def available(self, device: torch.device) -> bool:
         """Anywhere."""
@@ -90,6 +110,10 @@ class Offload:
     verb = "offloaded"
     flops_a_byte = 8000.0
     """What a GPU computes (200 TFLOP/s) while a byte goes to the host and back (25 GB/s each way)."""
+
+    def takes(self, unit: Unit) -> bool:
+        """Any module."""
+        return not isinstance(unit, StackUnit)
 
     def available(self, device: torch.device) -> bool:
         """On GPUs; elsewhere there is nowhere to move to."""
@@ -133,7 +157,41 @@ class Offload:
         return offloaded
 
 
-MECHANISMS: dict[str, Mechanism] = {"recompute": Recompute(), "offload": Offload()}
+class Invert:
+    """Keep a reversible stack's streams between its segments alone, and find the others again from these."""
+
+    verb = "inverted"
+
+    def takes(self, unit: Unit) -> bool:
+        """A reversible stack."""
+        return isinstance(unit, StackUnit)
+
+    def available(self, device: torch.device) -> bool:
+        """Anywhere."""
+        return True
+
+    def kept(self, unit: Unit) -> Storages:
+        """What the first block is given, and the streams."""
+        assert isinstance(unit, StackUnit)
+        return {**unit.inputs, -id(unit): unit.streams}
+
+    def cost(self, unit: Unit, saved: int) -> float:
+        """One more forward of every block."""
+        return float(unit.flops)
+
+    def treat(self, unit: Unit, forward: Call) -> Call:
+        """The first block's forward, with which a pass begins that is inverted."""
+        assert isinstance(unit, StackUnit)
+        stack = unit.stack
+
+        def inverted(*args: Any, **kwargs: Any) -> Any:
+            with stack.inverting(True):
+                return forward(*args, **kwargs)
+
+        return inverted
+
+
+MECHANISMS: dict[str, Mechanism] = {"recompute": Recompute(), "offload": Offload(), "invert": Invert()}
 """All that there are; a further one is one more entry."""
 
 
@@ -176,7 +234,7 @@ def plan(found: Profile, budget: int, mechanisms: Sequence[Mechanism]) -> Plan:
     total, least = found.total, found.total
     options: list[tuple[float, Unit, Mechanism]] = []
     for unit in found.units:
-        for mechanism in mechanisms:
+        for mechanism in (one for one in mechanisms if one.takes(unit)):
             saved = total - found.kept({unit.path: mechanism.kept(unit)})
             if saved > 0:
                 options.append((saved / max(mechanism.cost(unit, saved), 1.0), unit, mechanism))
@@ -208,17 +266,39 @@ def plan(found: Profile, budget: int, mechanisms: Sequence[Mechanism]) -> Plan:
 
 
 def units_of(model: nn.Module) -> list[Unit]:
-    """The blocks of a model and the modules right below them. ConfigError where there are no blocks."""
+    """The blocks of a model and the modules right below them; in place of the blocks of a reversible stack, the stack.
+
+    ConfigError where there are no blocks.
+    """
     blocks = [s.path for s in SiteIndex(model).sites if "block" in s.roles and s.layer is not None]
     if not blocks:
         raise ConfigError(f"train.activation_budget cannot be used: {type(model).__name__} has no repeated blocks")
-    units = []
+    stacks = {found.name: found for found in running(model)}  # of several active adapters, the last one couples
+    inverted = {id(block) for found in stacks.values() for block in found.blocks}
+    units: list[Unit] = [
+        StackUnit(name, found.blocks[0], last=found.blocks[-1], stack=found.stack) for name, found in stacks.items()
+    ]
     for path in blocks:
         block = model.get_submodule(path)
+        if id(block) in inverted:
+            continue
         units.append(Unit(path, block))
         parts = [(name, part) for name, part in block.named_children() if any(True for _ in part.parameters())]
         units += [Unit(f"{path}.{name}", part) for name, part in parts if name != "inlays"]
     return units
+
+
+def measured(model: nn.Module, units: Sequence[Unit], forward: Callable[[], Any]) -> Profile:
+    """`profile` of a pass that keeps everything; reversible stacks are measured in a second pass, inverted."""
+    with keeping(model):
+        found = profile(model, units, forward)
+    stacks = [unit for unit in found.units if isinstance(unit, StackUnit)]
+    twins = [Unit(unit.path, unit.module, last=unit.last) for unit in stacks]
+    held = profile(model, twins, forward).held if stacks else ()
+    for unit, twin in zip(stacks, twins, strict=True):
+        inside = {key: size for key, size, within in held if unit.path in within and key not in twin.inputs}
+        unit.streams = sum(inside.values())
+    return found
 
 
 class ActivationBudget(Around):
@@ -237,7 +317,7 @@ class ActivationBudget(Around):
             self._make(trainer, functools.partial(forward, inputs))
             self.size = size
         assert self.plan is not None
-        with self.plan.applied():
+        with keeping(trainer.adapted), self.plan.applied():
             return forward(inputs)
 
     def _make(self, trainer: Trainer, forward: Callable[[], Any]) -> None:
@@ -248,7 +328,7 @@ class ActivationBudget(Around):
         device = trainer.args.device
         usable = [mechanism for mechanism in MECHANISMS.values() if mechanism.available(device)]
         with untouched_random_states():
-            found = profile(trainer.adapted, units_of(trainer.adapted), forward)
+            found = measured(trainer.adapted, units_of(trainer.adapted), forward)
         before = None if self.plan is None else set(self.plan.treated)
         self.plan = plan(found, self.budget, usable)
         if before != set(self.plan.treated):

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from inlay.engine.piece import Method
 from inlay.errors import ConfigError
+from inlay.train.optimisation import check_optim, for_transformers
 from inlay.train.run import Run
 from inlay.train.settings import OWN_ARGUMENTS
 
@@ -35,6 +36,7 @@ def default_epochs(rows: int, batch: int) -> int:
 def resolved(run: Run, methods: Sequence[Method], rows: int, evaluates: bool) -> Run:
     """The run with every default that depends on the method or the data written out in its `train` settings."""
     given = dict(run.train)
+    check_optim(given.get("optim"))
     batch = given.get("per_device_train_batch_size", 16)
     settings: dict[str, Any] = {
         "learning_rate": default_learning_rate(methods),
@@ -68,7 +70,8 @@ def training_arguments(run: Run, folder: Path, metric: tuple[str, bool]) -> Trai
         "remove_unused_columns": False,  # the task has made exactly what the model takes
         "dataloader_pin_memory": run.train.get("dataloader_pin_memory", torch.cuda.is_available()),
     }
-    theirs = {name: value for name, value in run.train.items() if name not in OWN_ARGUMENTS}
+    own = for_transformers(run.train)
+    theirs = {name: value for name, value in own.items() if name not in OWN_ARGUMENTS}
     try:
         return TrainingArguments(**{**theirs, **fixed})
     except (ValueError, TypeError, ImportError) as error:

@@ -38,20 +38,31 @@ class Converted:
     """Keys that lacked the prefix that both libraries expect."""
 
 
-def convert(folder: str | Path, out: str | Path, *, model: str | None = None, overwrite: bool = False) -> Converted:
+def convert(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    quantise: str | None = None,
+    overwrite: bool = False,
+) -> Converted:
     """Check an adapter folder and write it anew, in safetensors, under the keys that Inlay and HF peft both read.
 
     With `model` (the base, a folder or a hub id) the adapter is set into it and saved again: shapes are then checked
-    too, and what is written has the base's fingerprint. Raises CheckpointError for pickle files, damaged files, unknown
-    kinds and leftovers; then nothing is written.
+    too, and what is written has the base's fingerprint. `quantise` ("int8", "nf4") then stores its matrices as
+    codes, for Inlay only, and without it an adapter of codes becomes a plain one again. Raises CheckpointError for
+    pickle files, damaged files, unknown kinds and leftovers; then nothing is written.
     """
     folder, out = Path(folder), Path(out)
     if not (folder / files.CONFIG).is_file() and (folder / "adapter" / files.CONFIG).is_file():
         folder = folder / "adapter"
     if out.exists() and not overwrite and (out.is_file() or any(out.iterdir())):
         raise ConfigError(f"--out {out} is there already: choose another folder, or --overwrite to replace it")
+    if quantise is not None and model is None:
+        raise ConfigError(f"quantise={quantise!r} needs the base model, to write the adapter anew: add --model")
     config = files.read_config(folder)
-    tensors, metadata = files.read_tensors(folder)
+    tensors, metadata = files.read_stored(folder)
+    files.read_tensors(folder)  # that codes fit their scales
     checkpoint.read_methods(config, folder)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -62,7 +73,7 @@ def convert(folder: str | Path, out: str | Path, *, model: str | None = None, ov
         if model is not None:
             base = _base(model, config)
             checkpoint.load(base, folder)
-            checkpoint.save(base, beside)
+            checkpoint.save(base, beside, quantise=quantise)
             for name in base_files(folder):
                 shutil.copy(folder / name, beside / name)
             config, written = files.read_config(beside), files.read_tensors(beside)[0]

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from inlay.engine import files
-from inlay.engine.checkpoint import read_methods
+from inlay.engine.checkpoint import own_entry, read_methods
 from inlay.engine.registry import all_methods, method_class
 from inlay.engine.sites import SiteIndex
 from inlay.engine.trained_copy import ModulesToSave
@@ -78,6 +78,8 @@ class AdapterFolder:
     bytes: int
     dtypes: tuple[str, ...]
     tensors: int
+    quantised: Mapping[str, Any] | None
+    """How its matrices are stored, with the error, where they are codes."""
     modules_to_save: tuple[str, ...]
     record: Record | None
     """Of the run that made it, where that lies beside it."""
@@ -96,6 +98,7 @@ def show(place: str | Path) -> AdapterFolder | list[Places]:
 def _show_adapter(folder: Path, record: Record | None) -> AdapterFolder:
     config = files.read_config(folder)
     tensors, _ = files.read_tensors(folder)
+    stored, _ = files.read_stored(folder)
     methods, saved = read_methods(config, folder)
     return AdapterFolder(
         folder=str(folder),
@@ -104,8 +107,9 @@ def _show_adapter(folder: Path, record: Record | None) -> AdapterFolder:
         base_model=config.get("base_model_name_or_path"),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()})),
         tensors=len(tensors),
+        quantised=own_entry(config).get("quantised"),
         modules_to_save=saved,
         record=record,
     )

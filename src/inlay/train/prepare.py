@@ -1,22 +1,31 @@
-"""From a run's names to its objects: rows, task, tokenizer, model, methods. What `train` and `check` do first."""
+"""From a run's names to its objects: rows, task, tokenizer, model, methods. What `train` and `check` do first.
+
+A method that has to see rows before it is made (`Method.wants_data`) sees them here, through `Method.prepare`: batches
+of the training rows as the trainer would make them, in an order that the run's seed decides, and the model's own loss.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
+from inlay.engine.batches import Batches, Say
 from inlay.engine.piece import Method
 from inlay.engine.roles import new_heads
 from inlay.errors import ConfigError, DataError
 from inlay.tasks.data import read_splits
+from inlay.tasks.mixture import mix
 from inlay.tasks.quantised import loading
 from inlay.tasks.task import make_task
 from inlay.train.arguments import resolved
 from inlay.train.run import Run
+from inlay.train.trainer import Numbered, SeededCollator, untouched_random_states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +39,57 @@ class Prepared:
     methods: list[Method]
     splits: Mapping[str, Any]
 
+    def shown(self, say: Say | None = None) -> Prepared:
+        """The same with each method that wants data having seen some. Values and random states stay as they are.
+
+        Raises ConfigError where several processes train together: each might come to another result.
+        """
+        wanting = [type(method).__name__ for method in self.methods if method.wants_data]
+        if not wanting:
+            return self
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                f"{wanting[0]} has to see data before training, which one process does alone: choose beforehand "
+                "(inlay.select(…).save(FILE), then method.subset=FILE), or train in one process"
+            )
+        if torch.cuda.is_available() and not self.run.train.get("use_cpu") and self.run.load == "auto":
+            self.model.to("cuda")  # where the trainer would put it
+        batches = Batches(training_batches(self), say=say)
+        with untouched_random_states():
+            methods = [m.prepare(self.model, batches) if m.wants_data else m for m in self.methods]
+        return dataclasses.replace(self, methods=methods)
+
+
+def training_batches(ready: Prepared) -> Callable[[], Iterator[Mapping[str, Any]]]:
+    """A function that goes over the training rows, in batches of the run's size; each time the same ones."""
+    size, seed = int(ready.run.train["per_device_train_batch_size"]), ready.run.seed
+    rows = ready.splits["train"]
+
+    def batches() -> Iterator[Mapping[str, Any]]:
+        features = ready.task.features(rows, ready.tokenizer, train=True)
+        collator = SeededCollator(ready.task.collator(ready.tokenizer, ready.model), seed)
+        numbered = Numbered(features)
+        order = torch.randperm(len(numbered), generator=torch.Generator().manual_seed(seed)).tolist()
+        for start in range(0, len(order), size):
+            yield collator([dict(numbered[row]) for row in order[start : start + size]])
+
+    return batches
+
+
+def splits_of(run: Run) -> dict[str, Any]:
+    """The run's rows by split, whichever there are."""
+    splits = dict(read_splits(run.data.path)) if run.data.path is not None else {}
+    named: dict[str, Any] = dict(run.data.named())
+    for split, source in named.items():
+        if isinstance(source, Mapping):
+            temperature = run.data.temperature if split == "train" else 1.0
+            named[split] = mix(source, split=split, temperature=temperature, seed=run.seed)
+    return {**splits, **read_splits(named)} if named else splits
+
 
 def rows_of(run: Run) -> dict[str, Any]:
     """The run's rows by split. Raises DataError when there are none to train on."""
-    splits = dict(read_splits(run.data.path)) if run.data.path is not None else {}
-    named = {split: path for split in ("train", "validation", "test") if (path := getattr(run.data, split)) is not None}
-    if named:
-        splits |= read_splits(named)
+    splits = splits_of(run)
     if "train" not in splits:
         have = f"the data has only {', '.join(splits)}" if splits else "no data is named"
         raise DataError(f"there are no rows to train on ({have}): give --train FILE, or `data: {{train: FILE}}`")
@@ -51,8 +104,9 @@ def task_of(run: Run) -> Any:
     return make_task(run.task["kind"], columns=dict(run.columns), **options)
 
 
-def prepare(run: Run) -> Prepared:
-    """Read the rows, resolve the task on them, load tokenizer and model, and write out every default.
+def prepare(run: Run, *, show: bool = True, say: Say | None = None) -> Prepared:
+    """Read the rows, resolve the task on them, load tokenizer and model, and write out every default; then show the
+    methods that want to see data some, unless `show` is false (`say` is told how far that has come).
 
     Raises an InlayError, before anything slow is done, for whatever in the run cannot work.
     """
@@ -63,7 +117,7 @@ def prepare(run: Run) -> Prepared:
     set_seed(run.seed)  # a new head starts from random numbers
     tokenizer = task.load_tokenizer(run.model)
     model = task.load_model(run.model, **loading(run.load, run.dtype))
-    return Prepared(
+    ready = Prepared(
         run=resolved(run, methods, len(splits["train"]), "validation" in splits),
         task=task,
         tokenizer=tokenizer,
@@ -71,6 +125,7 @@ def prepare(run: Run) -> Prepared:
         methods=methods,
         splits=splits,
     )
+    return ready.shown(say) if show else ready
 
 
 def whole_modules(model: Any, run: Run) -> list[str] | None:

@@ -14,6 +14,7 @@ Reading and checking a run imports neither torch nor transformers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from inlay.engine import catalogue
 from inlay.errors import ConfigError, did_you_mean
 from inlay.tasks.quantised import check_load
 from inlay.train import settings as read
+from inlay.train.optimisation import Optimisation
 from inlay.train.options import Options
 
 if TYPE_CHECKING:
@@ -35,16 +37,26 @@ RESERVED = {"output_dir": "out", "seed": "seed", "data_seed": "seed", "resume_fr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the rows are: one file for each split, or a `path` (a folder or a hub id) that has them all."""
+    """Where the rows are: one file for each split, or a `path` (a folder or a hub id) that has them all.
+
+    A split can also be several files or folders by name, {hausa: hau.jsonl, swahili: swa.jsonl} (`tasks/mixture.py`).
+    """
 
     path: str | None = None
     """A folder with train/validation/test files, or a hub id."""
-    train: str | None = None
+    train: str | Mapping[str, str] | None = None
     """The rows to train on."""
-    validation: str | None = None
+    validation: str | Mapping[str, str] | None = None
     """The rows that choose the best checkpoint."""
-    test: str | None = None
+    test: str | Mapping[str, str] | None = None
     """The rows looked at once, at the end."""
+    temperature: float = 1.0
+    """T of a mixture to train on: each source has a share ∝ (its rows)^(1/T) of an epoch; above 1 helps small ones."""
+
+    def named(self) -> dict[str, str | Mapping[str, str]]:
+        """The splits that are given one by one."""
+        found = {split: getattr(self, split) for split in ("train", "validation", "test")}
+        return {split: source for split, source in found.items() if source is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +163,8 @@ class Run:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested settings that make this run again."""
         data = {key: value for key, value in dataclasses.asdict(self.data).items() if value is not None}
+        if data["temperature"] == 1:
+            del data["temperature"]
         methods = [dict(method) for method in self.method]
         settings = {
             "model": self.model,
@@ -244,7 +258,22 @@ def _data(value: Any) -> Data:
         raise ConfigError(f"data must be a path, or a mapping with train, validation, test; got {value!r}")
     value = read.renamed(value, {**read.DATA_ALIASES, "dev": "validation", "valid": "validation"}, "data")
     read.known_only(value, [field.name for field in dataclasses.fields(Data)], "data")
-    return Data(**{key: None if path is None else _text(str(path), f"data.{key}") for key, path in value.items()})
+    temperature = value.get("temperature", 1.0)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise ConfigError(f"data.temperature={temperature!r}: a number above 0 is needed, such as 3")
+    if temperature != 1 and not isinstance(value.get("train"), Mapping):
+        raise ConfigError("data.temperature mixes several sources: give data.train as {name: file, name: file}")
+    sources = {key: _source(source, f"data.{key}") for key, source in value.items() if key != "temperature"}
+    return Data(**sources, temperature=float(temperature))
+
+
+def _source(value: Any, key: str) -> Any:
+    """A file's name, or several by the names of what they hold."""
+    if not isinstance(value, Mapping):
+        return None if value is None else _text(str(value), key)
+    if key == "data.path" or not value:
+        raise ConfigError(f"{key} must be a path, got {value!r}")
+    return {_text(name, key): _text(str(source), f"{key}.{name}") for name, source in value.items()}
 
 
 def _columns(value: Any) -> dict[str, str]:
@@ -296,4 +325,5 @@ def _train(value: Any) -> dict[str, Any]:
     read.known_only(value, known, "train")
     settings = {key: read.check_type(entry, known[key], f"train.{key}") for key, entry in value.items()}
     Options.of(settings)
+    Optimisation.of(settings)
     return settings

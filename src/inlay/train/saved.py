@@ -24,7 +24,7 @@ Storages = dict[int, int]
 
 @dataclasses.dataclass
 class Unit:
-    """A module whose call can be treated as a whole: a block, or a part of one."""
+    """A module whose call can be treated as a whole: a block, or a part of one; or a run of blocks called in turn."""
 
     path: str
     module: nn.Module
@@ -33,6 +33,8 @@ class Unit:
     flops: int = 0
     """Of the matrix products in the call."""
     calls: int = 0
+    last: nn.Module | None = None
+    """Of a run of blocks: the last one; `module` is the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,7 @@ def profile(model: nn.Module, units: Sequence[Unit], forward: Callable[[], Any])
         return hook
 
     handles = [unit.module.register_forward_pre_hook(enter(unit), with_kwargs=True) for unit in units]
-    handles += [unit.module.register_forward_hook(leave(unit)) for unit in units]
+    handles += [(unit.last or unit.module).register_forward_hook(leave(unit)) for unit in units]
     try:
         with flops, torch.autograd.graph.saved_tensors_hooks(pack, _unreadable):
             kept = forward()

@@ -48,6 +48,7 @@ TRAIN_ALIASES = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",
     "no_cuda": "use_cpu",
+    "loraplus_lr_ratio": "lora_plus_ratio",
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
 }
@@ -61,10 +62,15 @@ OWN_ARGUMENTS: dict[str, str] = {
     "frozen_dropout": "bool",
     "activation_budget": "int | str",
     "chunked_loss": "bool",
+    "lora_plus_ratio": "float",
+    "riemannian_damping": "float",
+    "galore_rank": "int",
+    "galore_update_every": "int",
+    "galore_scale": "float",
 }
 """Settings of the `train:` section that are Inlay's own, each with its type; they never reach TrainingArguments.
 
-What they may be is checked in `options.py`."""
+What they may be is checked in `options.py` and `optimisation.py`."""
 
 
 class _Loader(yaml.SafeLoader):

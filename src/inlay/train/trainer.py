@@ -27,11 +27,14 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from inlay.engine.adapters import controllers
 from inlay.engine.checkpoint import save
-from inlay.errors import TrainingError
+from inlay.errors import ConfigError, TrainingError
 from inlay.train.around import Around
 from inlay.train.callbacks import Controllers, Curve
 from inlay.train.checkpoints import STATE_FILE, keep_last
+from inlay.train.companions.applied import optimised
 from inlay.train.files import staged, write_json
+from inlay.train.optimisation import PLAIN, Optimisation
+from inlay.train.schedules import warmup_stable_decay_constant
 
 ROW = "inlay_row"
 BEST_FILE = "best.json"
@@ -56,7 +59,7 @@ class Trainer(transformers.Trainer):
     `evaluate_with(model)` gives the metrics of the validation rows (None: there are none), and `metric` is the name of
     the one that chooses the best checkpoint, with whether greater is better. Checkpoints go to `args.output_dir`.
     `resume` is a checkpoint whose adapter the model already holds. `around` stand around each forward pass, the last
-    one outermost.
+    one outermost. `optimisation` is what is done to optimiser and schedule, and `say` is told about it.
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class Trainer(transformers.Trainer):
         resume: Path | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         around: Sequence[Around] = (),
+        optimisation: Optimisation = PLAIN,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         saved = torch.load(resume / STATE_FILE, weights_only=True) if resume is not None else {}
         collate = SeededCollator(collator, args.seed)
@@ -89,6 +94,7 @@ class Trainer(transformers.Trainer):
         self.adapted = model  # transformers may put wrappers around it; this is the one that we were given
         self.curve, self.evaluate_with, self.metric, self.resume = curve, evaluate_with, metric, resume
         self.around = list(around)
+        self.optimisation, self.say = optimisation, say
         self.started = time.monotonic() - saved.get("seconds", 0.0)
         self.folder = Path(cast(str, args.output_dir))
         self._staging: Path | None = None
@@ -102,6 +108,28 @@ class Trainer(transformers.Trainer):
     def seconds(self) -> float:
         """Time spent so far, the time before a resume included."""
         return float(time.monotonic() - self.started)
+
+    # -- optimiser and schedule --------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """transformers' optimiser, and what the run's own settings do to it."""
+        if self.optimizer is None:
+            try:
+                made = super().create_optimizer(model)
+            except (ImportError, ValueError) as error:
+                raise ConfigError(f"train.optim={self.args.optim} cannot be used here: {error}") from error
+            self.optimizer = optimised(made, self.adapted, self.args, self.optimisation, self.say)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """transformers' schedule, or the one that it has not."""
+        if self.lr_scheduler is None and self.optimisation.schedule is not None:
+            made: Any = optimizer or self.optimizer
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            options = self.optimisation.schedule
+            self.lr_scheduler = warmup_stable_decay_constant(made, warmup, num_training_steps, **options)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # -- the loss ----------------------------------------------------------------------------------------------------
 

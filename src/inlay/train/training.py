@@ -23,6 +23,7 @@ from inlay.train.chart import loss_chart
 from inlay.train.checkpoints import checkpoints, last_checkpoint, recover, step_of
 from inlay.train.files import MARKER, folder_bytes, staged, write_json, write_text
 from inlay.train.head_loss import ChunkedHeadLoss
+from inlay.train.optimisation import Optimisation
 from inlay.train.options import Options
 from inlay.train.prepare import Prepared, prepare, same_run, whole_modules
 from inlay.train.record import (
@@ -63,8 +64,8 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
         run = resumed_run(run, out)
     else:
         refuse_to_mix(out, overwrite)
-    ready = prepare(run)
     checkpoint = last_checkpoint(out / CHECKPOINTS) if resume else None
+    ready = prepare(run, show=checkpoint is None, say=_say if progress else None)
     if checkpoint is not None:
         load(ready.model, checkpoint, trainable=True)
     else:
@@ -81,6 +82,8 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
         write_json(out / TASK_FILE, ready.task.to_dict())
     with _nothing_left_of_no_start(trainer, out, resume):
         fit(trainer, stop, out)
+    if any(row.ranks for row in counts.rows):  # which training has decided
+        counts = summary(ready.model)
     best = finish(ready, trainer, out)
     record = _recorded(ready, trainer, out, counts, best)
     if main:
@@ -89,6 +92,10 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
         write_text(out / CARD_FILE, model_card(record, ready.run, str(counts)))
         record.write()
     return record
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -201,6 +208,8 @@ def make_trainer(ready: Prepared, out: Path, checkpoint: Path | None, progress: 
         resume=checkpoint,
         callbacks=[stop, *bars],
         around=around_forward(Options.of(ready.run.train), say),
+        optimisation=Optimisation.of(ready.run.train),
+        say=say,
     )
     return trainer, stop
 

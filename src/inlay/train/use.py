@@ -22,6 +22,7 @@ from inlay.tasks.loading import quiet
 from inlay.tasks.quantised import loading
 from inlay.tasks.task import Task
 from inlay.train.files import staged, write_text
+from inlay.train.prepare import splits_of
 from inlay.train.record import ADAPTER, RUN_FILE, TASK_FILE, measured
 from inlay.train.run import Run
 
@@ -80,11 +81,7 @@ def open_run(folder: str | Path, *, plain: bool = False) -> Loaded:
 
 def rows_for(run: Run, data: Any, split: str | None = None) -> Any:
     """The rows to use: a file, a `datasets` object, a split of a folder or hub id; by default the run's test rows."""
-    if data is not None:
-        splits = read_splits(data)
-    else:
-        own = {name: path for name, path in dataclasses.asdict(run.data).items() if path is not None and name != "path"}
-        splits = {**(read_splits(run.data.path) if run.data.path else {}), **(read_splits(own) if own else {})}
+    splits = read_splits(data) if data is not None else splits_of(run)
     if split is None:
         split = (
             "train"

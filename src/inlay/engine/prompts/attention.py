@@ -41,28 +41,76 @@ class Shown:
         self.used = False
 
 
-class PrefixAttention(Piece):
-    """On a self-attention: softmax(q [K_p; K]ᵀ + mask) [V_p; V], where `source()` gives (n, heads · (d_k + d_v))."""
+class Beside:
+    """A prompt that is attended to by itself: g · softmax(q K_pᵀ / √d) V_p is added to what the attention gives.
 
-    def __init__(
-        self, source: nn.Module, length: int, shape: tuple[int, int, int], attention: Any, bias: nn.Module | None
-    ) -> None:
+    Key (1, heads, n, d_k) and value (1, heads, n, d_v); `outside`: what is to be added is left in `added` instead.
+    """
+
+    def __init__(self, key: Tensor, value: Tensor, gate: Tensor, outside: bool) -> None:
+        self.key = key
+        self.value = value
+        self.gate = gate
+        self.outside = outside
+        self.used = False
+        self.added: Tensor | None = None
+
+    def add(self, output: Tensor, query: Tensor, scale: float | None) -> Tensor:
+        """`output` (batch, queries, heads, d_v) with the prompt's part, for queries (batch, heads, queries, d_k)."""
+        self.used = True
+        groups = query.shape[1] // self.key.shape[1]
+        key, value = (one.to(query.dtype).repeat_interleave(groups, dim=1) for one in (self.key, self.value))
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        weights = self.gate.to(query.dtype) * scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        part = (weights @ value).transpose(1, 2)
+        if self.outside:
+            self.added = part.flatten(2)
+            return output
+        return output + part
+
+
+class AttentionPiece(Piece):
+    """On an attention: has its attention function see more than the text."""
+
+    def __init__(self, attention: Any) -> None:
         super().__init__()
-        self.source = source
-        self.length = length
-        self.shape = shape
         self.config = attention.config
-        self.layer = getattr(attention, "layer_idx", None)
-        # A tuple hides the base's module from registration: the first layer of a T5 stack computes all position biases.
-        self.bias_of = (bias,)
 
-    def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def show(self, inner: Callable[..., Any], shown: Shown | Beside, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call the attention with `shown` on its way to the attention function."""
         implementation = str(self.config._attn_implementation)
         if not implementation.startswith(MARK):
             raise UnsupportedError(
                 f"the attention implementation was set to {implementation!r} after a prefix was attached, which would "
                 "leave the prefix out: call model.set_attn_implementation before inlay.attach or inlay.load"
             )
+        output = inner(*args, **{**kwargs, ARGUMENT: (shown, *kwargs.get(ARGUMENT, ()))})
+        if not shown.used:
+            raise UnsupportedError(
+                "this attention did not hand its arguments on to its attention function: use prompt tuning"
+            )
+        return output
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        register(str(self.config._attn_implementation))
+
+
+class PrefixAttention(AttentionPiece):
+    """On a self-attention: softmax(q [K_p; K]ᵀ + mask) [V_p; V], where `source()` gives (n, heads · (d_k + d_v))."""
+
+    def __init__(
+        self, source: nn.Module, length: int, shape: tuple[int, int, int], attention: Any, bias: nn.Module | None
+    ) -> None:
+        super().__init__(attention)
+        self.source = source
+        self.length = length
+        self.shape = shape
+        self.layer = getattr(attention, "layer_idx", None)
+        # A tuple hides the base's module from registration: the first layer of a T5 stack computes all position biases.
+        self.bias_of = (bias,)
+
+    def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         heads, key_size, value_size = self.shape
         keys, values = self.source().split((heads * key_size, heads * value_size), dim=-1)
         shown = Shown(
@@ -70,12 +118,7 @@ class PrefixAttention(Piece):
             values.view(1, self.length, heads, value_size).transpose(1, 2),
             self.position_bias(args, kwargs),
         )
-        output = inner(*args, **{**kwargs, ARGUMENT: (shown, *kwargs.get(ARGUMENT, ()))})
-        if not shown.used:
-            raise UnsupportedError(
-                "this attention did not hand its arguments on to its attention function: use prompt tuning"
-            )
-        return output
+        return self.show(inner, shown, args, kwargs)
 
     def position_bias(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Relative position bias between the queries and the prefix, which stands right before the text (T5)."""
@@ -88,10 +131,6 @@ class PrefixAttention(Piece):
         past = past.clone() if isinstance(past, Tensor) else past
         bias: Tensor = layer.compute_bias(hidden.shape[1], self.length, hidden.device, past + self.length)
         return bias
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        register(str(self.config._attn_implementation))
 
 
 class PositionShift(Piece):
@@ -139,10 +178,12 @@ def with_prefix(original: Callable[..., Any], fills_in_causality: bool) -> Calla
         value: Tensor,
         attention_mask: Tensor | None,
         *args: Any,
-        inlay_prefixes: tuple[Shown, ...] = (),
+        inlay_prefixes: tuple[Shown | Beside, ...] = (),
         **kwargs: Any,
     ) -> Any:
         for shown in reversed(inlay_prefixes):
+            if isinstance(shown, Beside):
+                continue
             if attention_mask is None and fills_in_causality and query.shape[2] > 1 and is_causal(module, kwargs):
                 ones = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
                 attention_mask = ones.tril()[None, None]
@@ -156,7 +197,11 @@ def with_prefix(original: Callable[..., Any], fills_in_causality: bool) -> Calla
             if kwargs.get("position_bias") is not None:
                 kwargs["position_bias"] = bias_before(kwargs["position_bias"], shown)
             shown.used = True
-        return original(module, query, key, value, attention_mask, *args, **kwargs)
+        output, *more = original(module, query, key, value, attention_mask, *args, **kwargs)
+        for shown in inlay_prefixes:
+            if isinstance(shown, Beside):
+                output = shown.add(output, query, kwargs.get("scaling"))
+        return output, *more
 
     return attention
 
@@ -191,7 +236,7 @@ def register(implementation: str) -> None:
     type(ALL_MASK_ATTENTION_FUNCTIONS).register(implementation, ALL_MASK_ATTENTION_FUNCTIONS[kind])
 
 
-def switch_on(pieces: Iterable[PrefixAttention], sites: Iterable[Site]) -> None:
+def switch_on(pieces: Iterable[AttentionPiece], sites: Iterable[Site]) -> None:
     """Let the configs of these attentions name our functions."""
     for piece, site in zip(pieces, sites, strict=True):
         current = str(piece.config._attn_implementation)
@@ -201,12 +246,10 @@ def switch_on(pieces: Iterable[PrefixAttention], sites: Iterable[Site]) -> None:
             piece.config._attn_implementation_internal = implementation
 
 
-def switch_off(model: nn.Module, leaving: Iterable[PrefixAttention]) -> None:
+def switch_off(model: nn.Module, leaving: Iterable[AttentionPiece]) -> None:
     """Give back the names, of the configs that no staying prefix needs."""
     gone = list(leaving)
-    staying = {
-        id(m.config) for m in model.modules() if isinstance(m, PrefixAttention) and not any(m is g for g in gone)
-    }
+    staying = {id(m.config) for m in model.modules() if isinstance(m, AttentionPiece) and not any(m is g for g in gone)}
     for piece in gone:
         current = str(piece.config._attn_implementation)
         if current.startswith(MARK) and id(piece.config) not in staying:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from inlay.engine.host import CHILD
 from inlay.engine.piece import Piece, take
 from inlay.engine.prompts.calls import Combine
+from inlay.engine.prompts.tasks import Tasks
 from inlay.engine.prompts.virtual_tokens import Code, PromptEntry, SourceMask, VirtualTokens
 from inlay.errors import UnsupportedError
 
@@ -49,20 +50,27 @@ def prompt_pieces(
     copies: int = 1,
     added: bool = False,
     combine: Combine = "logits",
+    tasks: Tasks | None = None,
+    entry: type[PromptEntry] = PromptEntry,
 ) -> list[tuple[Site, Piece]]:
-    """The pieces that put `prompt`, which gives (copies · length, d), into the places of `prompt_sites`."""
+    """The pieces that put `prompt`, which gives (copies · length, d), into the places of `prompt_sites`.
+
+    With `tasks` it gives (tasks · length, d), and each row of the text has the prompt of its task.
+    """
     entries = [site for site in sites if not isinstance(site.module, nn.Embedding)]
     tables = [site for site in sites if isinstance(site.module, nn.Embedding)]
     others = list(_codes(tables[0].module))
     base = others[0].base if others else tables[0].in_features + 1
-    code = Code(length, copies, base, max([1, *(other.place * other.radix for other in others)]), added)
+    place = max([1, *(other.place * other.radix for other in others)])
+    code = Code(length, copies, base, place, added, 1 if tasks is None else tasks.count)
     reader = entries[-1].module
     positions, first = position_table(reader)
-    entry = PromptEntry(prompt, code, arguments_of(reader), positions, first, combine, keep=len(entries) > 1)
-    pieces: list[tuple[Site, Piece]] = [(entries[-1], entry)]
+    inside = len(entries) > 1
+    at_entry = entry(prompt, code, arguments_of(reader), positions, first, combine, inside, tasks)
+    pieces: list[tuple[Site, Piece]] = [(entries[-1], at_entry)]
     pieces += [(site, VirtualTokens(prompt, code, owns=site is tables[0])) for site in tables]
-    if len(entries) > 1:
-        pieces.insert(0, (entries[0], SourceMask(code, arguments_of(entries[0].module), combine)))
+    if inside:
+        pieces.insert(0, (entries[0], SourceMask(code, arguments_of(entries[0].module), combine, tasks)))
     return pieces
 
 

@@ -23,23 +23,25 @@ from torch.nn import functional
 from inlay.engine.piece import Piece
 from inlay.engine.prompts import calls
 from inlay.engine.prompts.calls import Combine
+from inlay.engine.prompts.tasks import Tasks
 from inlay.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """How one adapter writes its virtual tokens: `copies` prompts of `length` vectors each."""
+    """How one adapter writes its virtual tokens: `copies` prompts of `length` vectors each, or one for each task."""
 
     length: int
     copies: int
     base: int
     place: int
     added: bool
+    tasks: int = 1
 
     @property
     def radix(self) -> int:
         """How many digits there are: 0 for an ordinary token, then one for each of the prompt's vectors."""
-        return self.copies * self.length + 1
+        return self.copies * self.tasks * self.length + 1
 
     def write(self, ids: Tensor, digits: Tensor) -> Tensor:
         """The ids with a digit written into each."""
@@ -53,7 +55,7 @@ class Code:
 
     def digits(self, rows: int, device: torch.device) -> Tensor:
         """(rows, length): the digits of each row's prompt; rows come copy by copy."""
-        digits = torch.arange(1, self.radix, device=device).view(self.copies, self.length)
+        digits = torch.arange(1, self.copies * self.length + 1, device=device).view(self.copies, self.length)
         return digits.repeat_interleave(rows // self.copies, dim=0)
 
 
@@ -120,6 +122,7 @@ class PromptEntry(SharesPrompt):
         first: int,
         combine: Combine,
         keep: bool,
+        tasks: Tasks | None = None,
     ) -> None:
         super().__init__(prompt, code)
         self.arguments = arguments
@@ -127,12 +130,14 @@ class PromptEntry(SharesPrompt):
         self.first = first
         self.combine: Combine = combine
         self.keep = keep
+        self.tasks = tasks
 
     def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = calls.named(self.arguments, args, kwargs)
         text = calls.text_of(call)
         if text is None:
             return inner(*args, **kwargs)
+        task_ids = call.pop("task_ids", None) if self.tasks is not None else None
         batch, length, copies = text.shape[0], text.shape[-1], self.code.copies
         as_tuple = call.get("return_dict") is False
         if as_tuple:
@@ -142,7 +147,7 @@ class PromptEntry(SharesPrompt):
         if self.code.added:
             self.add(call, length)
         else:
-            self.prepend(call, length, innermost=bool(getattr(inner, "plain", True)))
+            self.prepend(call, length, task_ids, innermost=bool(getattr(inner, "plain", True)))
         output = inner(**call)
         if not self.keep and not self.code.added:
             output = calls.cut(output, length)
@@ -150,7 +155,7 @@ class PromptEntry(SharesPrompt):
             output = calls.combined(output, copies, batch, self.combine)
         return output.to_tuple() if as_tuple and hasattr(output, "to_tuple") else output
 
-    def prepend(self, call: dict[str, Any], length: int, innermost: bool) -> None:
+    def prepend(self, call: dict[str, Any], length: int, task_ids: Any, innermost: bool) -> None:
         """Put the prompt before the text; where the cache holds it already, only lengthen mask and positions."""
         count, past = self.code.length, calls.cached_length(call)
         positions = call.get("position_ids")
@@ -171,6 +176,8 @@ class PromptEntry(SharesPrompt):
         text = calls.text_of(call)
         assert text is not None
         digits = self.code.digits(text.shape[0], text.device)
+        if self.tasks is not None:
+            digits = digits + self.tasks.of(task_ids, text.shape[0], text.device)[:, None] * count
         digits = digits.view(text.shape[0], *[1] * (text.ndim - 2), count).expand(*text.shape[:-1], count)
         if call.get("input_ids") is not None:
             virtual = self.code.write(text.new_zeros(()).expand_as(digits), digits)
@@ -200,11 +207,12 @@ class SourceMask(Piece):
     ensemble runs once for each.
     """
 
-    def __init__(self, code: Code, arguments: tuple[str, ...], combine: Combine) -> None:
+    def __init__(self, code: Code, arguments: tuple[str, ...], combine: Combine, tasks: Tasks | None = None) -> None:
         super().__init__()
         self.code = code
         self.arguments = arguments
         self.combine: Combine = combine
+        self.tasks = tasks
 
     def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = calls.named(self.arguments, args, kwargs)
@@ -214,5 +222,8 @@ class SourceMask(Piece):
             calls.repeat_batch(call, batch, copies, leave=("input_ids", "inputs_embeds"))
         if call.get("attention_mask") is not None and not self.code.added:
             call["attention_mask"] = calls.ones_before(call["attention_mask"], self.code.length)
+        if self.tasks is not None and call.get("task_ids") is not None:  # the encoder's piece will want to know
+            with self.tasks.being(call.pop("task_ids")):
+                return inner(**call)
         output = inner(**call)
         return calls.combined(output, copies, batch, self.combine) if copies > 1 else output

@@ -1,0 +1,125 @@
+"""MEFT: memory-efficient fine-tuning. The pretrained blocks become a reversible stack (Liao, Tan, Monz 2023,
+arXiv:2306.00477), whose activations the backward pass computes again from its output instead of keeping them.
+
+    y1 = λ x1 + F(x2),  y2 = β x2 + G(y1)        the stack gives (y1 + y2) / 2 of its last block
+
+    variant 1    F = a block and an adapter beside its feed-forward network, G = an adapter;  λ = 0.1, β = 1
+    variant 2    F = an adapter, G = such a block;  λ = 1, β = 0.1
+    variant 3    F = the attention half and an adapter after it, G = the feed-forward half and an adapter beside it;
+                 λ = β = 0.1
+
+In 1 and 2 the streams change places after each block. The adapters W_up f(W_down x) start near zero (N(0, 0.02²)), so
+that a block starts near what it was; with λ or β → 0 the output would be the mean of the last two hidden states.
+
+Parameters: 2 · (2 m d + m + d) for each block, m = 8. BERT-base: 24 · 13,064 = 313,536.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from inlay.engine.piece import Method, Piece
+from inlay.engine.sites import Site, SiteIndex
+from inlay.errors import ConfigError
+from inlay.kernels.reversible import longest_segment
+from inlay.pieces.bottleneck import ACTIVATIONS, Bottleneck
+from inlay.pieces.reversible import GAINS, ReversibleStack
+from inlay.pieces.reversible_places import Halves, activation_of, block_sites, stacks
+
+PUBLISHED = {1: (0.1, 1.0), 2: (1.0, 0.1), 3: (0.1, 0.1)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MEFT(Method):
+    """y1 = λ x1 + F(x2), y2 = β x2 + G(y1): the blocks as a reversible stack, with adapters in F and G."""
+
+    kind = "meft"
+    hosts = frozenset({"module"})
+    default_targets = "block"
+    paper = "Liao, Tan, Monz 2023, arXiv:2306.00477"
+    learning_rate: ClassVar[float] = 5e-4
+
+    variant: Literal[1, 2, 3] = 1
+    """Which of the three forms."""
+    bottleneck: int = 8
+    """Width m of the adapters."""
+    lambda_: float | None = None
+    """λ; None: the published one."""
+    beta: float | None = None
+    """β; None: the published one."""
+    tolerance: float = 1e-3
+    """Largest error of a stream, by the error bound, relative to its largest entry: says how often streams are kept."""
+    keep_every: int | None = None
+    """Blocks between two kept streams; None: as many as `tolerance` allows."""
+    activation: str | None = None
+    """The function f of the adapters; None: the model's own."""
+    dropout: float = 0.0
+    """Probability of zeroing an entry of an adapter's hidden layer, in training."""
+    compat: Literal["authors"] | None = None
+    """"authors": the published constants and no kept streams, whatever inversion then loses."""
+
+    def __post_init__(self) -> None:
+        if self.variant not in PUBLISHED:
+            raise ConfigError(f"MEFT(variant={self.variant!r}): choose 1, 2 or 3")
+        for name in ("bottleneck", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"MEFT({name}={value!r}): a whole number of at least 1 is needed")
+        for name in ("lambda_", "beta", "tolerance"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"MEFT({name}={value!r}): a positive number is needed")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"MEFT(dropout={self.dropout!r}): a probability in [0, 1) is needed")
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            raise ConfigError(f"MEFT(activation={self.activation!r}): choose one of {', '.join(ACTIVATIONS)}")
+        if self.compat not in (None, "authors"):
+            raise ConfigError(f"MEFT(compat={self.compat!r}): choose 'authors' or None")
+        if self.compat and (self.lambda_, self.beta, self.keep_every) != (None, None, None):
+            raise ConfigError("MEFT(compat='authors') fixes lambda_, beta and keep_every: leave them out")
+        if self.overrides:
+            raise ConfigError("MEFT has no overrides: its blocks are coupled alike")
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """λ and β."""
+        lambda_, beta = PUBLISHED[self.variant]
+        return self.lambda_ or lambda_, self.beta or beta
+
+    def sites(self, index: SiteIndex) -> list[Site]:
+        return block_sites(index, self.targets, self.exclude, self.layers, type(self).__name__)
+
+    def build(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Piece]]:
+        method = self.replace(activation=self.activation or activation_of(model, tuple(ACTIVATIONS)))
+        halves = Halves(SiteIndex(model), method.network, type(self).__name__)  # type: ignore[attr-defined]
+        made: list[tuple[Site, Piece]] = []
+        for blocks in stacks(sites):
+            every = self.every(blocks[0].dtype, len(blocks))
+            made += halves.placed(ReversibleStack(self.variant, self.scales, every, len(blocks)), blocks)
+        return made
+
+    def every(self, dtype: torch.dtype, depth: int) -> int:
+        """Blocks between two kept streams, for a model in this dtype (streams are fp32 at least)."""
+        if self.compat or self.keep_every:
+            return self.keep_every or depth
+        streams = torch.promote_types(dtype if dtype.is_floating_point else torch.float32, torch.float32)
+        return longest_segment(self.scales, GAINS[self.variant], self.variant != 3, streams, self.tolerance, depth)
+
+    def network(self, into: int, out: int, site: Site) -> Bottleneck:
+        """A fresh adapter, on the device of a place."""
+        return Bottleneck(into, self.bottleneck, out, _Fields(self.activation or "gelu", self.dropout), site)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+    """What `Bottleneck` reads of a method."""
+
+    activation: str
+    dropout: float
+    scale: float = 1.0
+    init: str = "bert"

@@ -1,0 +1,1 @@
+"""Companions of an optimiser: each changes what one does to an adapter, and works with any loop."""
