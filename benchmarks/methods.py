@@ -21,6 +21,7 @@ from typing import Any
 import _protocol as protocol
 import peft
 import torch
+from peft.tuners.lora.config import BdLoraConfig
 from report import Bound, judged, line
 from torch import Tensor, nn
 
@@ -31,6 +32,10 @@ SIZE, ROWS = 1024, 256
 CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "lora": lambda: peft.LoraConfig(r=16, target_modules=["0"]),
     "dora": lambda: peft.LoraConfig(r=16, use_dora=True, target_modules=["0"]),
+    "mica": lambda: peft.LoraConfig(r=16, init_lora_weights="mica", target_modules=["0"]),
+    "kasa": lambda: peft.LoraConfig(r=16, kasa_config=peft.KasaConfig(), target_modules=["0"]),
+    "velora": lambda: peft.LoraConfig(r=16, velora_config=peft.VeloraConfig(), target_modules=["0"]),
+    "bdlora": lambda: peft.LoraConfig(r=16, use_bdlora=BdLoraConfig(None, ["0"], 4), target_modules=["0"]),
     "adalora": lambda: peft.AdaLoraConfig(init_r=16, target_r=8, total_step=9, target_modules=["0"]),
     "loha": lambda: peft.LoHaConfig(r=8, target_modules=["0"]),
     "lokr": lambda: peft.LoKrConfig(r=16, target_modules=["0"]),
@@ -61,6 +66,8 @@ CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "deft": lambda: peft.DeftConfig(target_modules=["0"]),
     "frod": lambda: peft.FrodConfig(target_modules=["0"], progressbar=False),
     "adamss": lambda: peft.AdamssConfig(target_modules=["0"]),
+    "lily": lambda: peft.LilyConfig(r=32, target_modules=["0"]),
+    "poly": lambda: peft.PolyConfig(r=8, n_tasks=3, target_modules=["0"]),
     "osf": lambda: peft.OSFConfig(target_modules=["0"]),
 }
 WRONG_GRADIENT = {"c3a"}
@@ -76,7 +83,28 @@ def base() -> nn.Module:
     return nn.Sequential(nn.Linear(SIZE, SIZE))
 
 
-def step_of(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+def plainly(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's output for x."""
+    found: Tensor = model(x)
+    return found
+
+
+def of_tasks(model: nn.Module, x: Tensor) -> Tensor:
+    """The same for a batch of four, each row of a task."""
+    tasks, rows = torch.tensor([0, 2, 1, 1]), x.view(4, -1, SIZE)
+    if isinstance(model, peft.PeftModel):  # whose own call passes no tasks on
+        return plainly(functools.partial(model.base_model, task_ids=tasks), rows).view(x.shape)  # type: ignore[arg-type]
+    with inlay.for_tasks(model, tasks):
+        return plainly(model, rows).view(x.shape)
+
+
+CALLS = {"poly": of_tasks}
+"""How a model is called that needs more than x."""
+
+
+def step_of(
+    model: nn.Module, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor] = plainly
+) -> Callable[[], Tensor]:
     """Forward and backward, with gradients made anew; gives the gradient of x."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -84,7 +112,7 @@ def step_of(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
         x.grad = None
         for parameter in trained:
             parameter.grad = None
-        model(x).square().sum().backward()
+        call(model, x).square().sum().backward()
         assert x.grad is not None
         return x.grad
 
@@ -103,7 +131,9 @@ def measure(kind: str, rounds: int) -> dict[str, Any]:
         theirs.save_pretrained(folder)
         ours = inlay.load(base(), folder, trainable=True)
     theirs.eval(), ours.eval()
-    steps = {"linear": step_of(base().requires_grad_(False), x), "inlay": step_of(ours, x), "peft": step_of(theirs, x)}
+    call = CALLS.get(kind, plainly)
+    steps = {"linear": step_of(base().requires_grad_(False), x)}
+    steps |= {name: step_of(model, x, call) for name, model in (("inlay", ours), ("peft", theirs))}
     if kind in WRONG_GRADIENT:
         found, expected, what = ours(x), theirs(x), "output"
     else:

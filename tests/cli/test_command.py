@@ -12,6 +12,7 @@ import pytest
 
 from inlay.cli.app import run
 from inlay.cli.verbs import VERBS
+from inlay.engine.registry import kinds
 
 
 def call(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -80,6 +81,19 @@ def test_merge_says_how_far_off_it_is(finished: Path, tmp_path: Path, capsys: py
     assert run(["merge", str(finished), "--out", str(tmp_path / "merged")], False) == 0
     assert "differ by at most" in capsys.readouterr().out
     assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_the_list_of_methods_counts_in_a_model(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    width = json.loads((tiny_model / "config.json").read_text())["hidden_size"]
+    assert run(["methods", "--model", str(tiny_model), "--json"], False) == 0
+    found = {row["kind"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(found) == kinds()
+    assert found["lora"]["parameters"] == 2 * 2 * 8 * (width + width)  # 2 blocks, query and value, r = 8
+    assert found["lora"]["what"].startswith("y = W x + s · B (A x)")
+    assert found["vl_pet"]["parameters"] is None
+    assert "encoder–decoder" in found["vl_pet"]["uncounted"]
+    assert run(["methods", "lora", "--model", str(tiny_model)], False) == 0
+    assert f"{32 * 2 * width:,} parameters" in capsys.readouterr().out
 
 
 def test_check_show_methods_and_convert_print(

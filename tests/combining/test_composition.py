@@ -15,7 +15,7 @@ import inlay
 from inlay import Average, BatchSplit, Fuse, Parallel, Split, Stack
 from inlay.engine.adapters import adapters_of
 from inlay.errors import AdapterError, UnsupportedError
-from inlay.pieces.banked_lora import BankedLoRA
+from inlay.pieces.lora.banked import BankedLoRA
 
 every = pytest.mark.parametrize("case", CASES)
 

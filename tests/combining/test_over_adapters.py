@@ -20,7 +20,7 @@ from inlay.combining.adapter_fusion import AdapterFusion, FusionPiece
 from inlay.combining.scalearn import ScaLearn, ScalePiece
 from inlay.engine.adapters import adapters_of
 from inlay.errors import AdapterError, CheckpointError, ConfigError, InlayError, UnsupportedError
-from inlay.pieces.bottleneck import Bottleneck
+from inlay.pieces.bottlenecks.bottleneck import Bottleneck
 
 IDS = torch.arange(2, 22).reshape(2, 10)
 NAMES = ("law", "poems", "web")

@@ -16,8 +16,8 @@ from torch import Tensor
 import inlay
 from inlay import PrefixTuning, PromptTuning
 from inlay.errors import BaseModelError, CheckpointError, ConfigError, InlayError, UnsupportedError
-from inlay.pieces.distilling import Distillation
-from inlay.pieces.saved_prompt import saved_prompt
+from inlay.pieces.prompts.distilling import Distillation
+from inlay.pieces.prompts.saved import saved_prompt
 
 # peft 0.21 itself calls names that transformers has renamed since.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

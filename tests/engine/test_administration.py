@@ -15,7 +15,7 @@ from inlay.engine import adapters, fingerprint
 from inlay.engine.adapters import adapters_of
 from inlay.engine.sites import SiteIndex
 from inlay.engine.walk import modules
-from inlay.pieces.lora import LoRAPiece
+from inlay.pieces.lora.piece import LoRAPiece
 
 
 def stack(layers: int, wide: int = 8) -> nn.Module:

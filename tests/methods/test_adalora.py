@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import inlay
 from inlay.engine.adapters import adapters_of
 from inlay.errors import ConfigError, TrainingError
-from inlay.methods._rank_budget import RankBudget
+from inlay.pieces.lora.rank_budget import RankBudget
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 IDS = torch.arange(2, 22).reshape(2, 10)

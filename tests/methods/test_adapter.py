@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import inlay
 from inlay.engine.adapters import adapters_of
 from inlay.errors import ConfigError, TargetError, UnsupportedError
-from inlay.pieces.bottleneck import Bottleneck
+from inlay.pieces.bottlenecks.bottleneck import Bottleneck
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # fp32, the same sums through two layers
 

@@ -13,7 +13,7 @@ import inlay
 from inlay import AdapterPlus
 from inlay.engine.adapters import adapters_of
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.pieces.scaled_bottleneck import ScaledBottleneck
+from inlay.pieces.bottlenecks.scaled import ScaledBottleneck
 
 
 def randomise(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ import inlay
 from inlay import Compacter
 from inlay.engine.adapters import adapters_of
 from inlay.errors import ConfigError
-from inlay.pieces.phm import PHMBottleneck, PHMLayer
+from inlay.pieces.bottlenecks.phm import PHMBottleneck, PHMLayer
 
 
 def randomise(model: torch.nn.Module) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import inlay
 from inlay.engine.adapters import adapters_of
 from inlay.errors import CheckpointError, ConfigError, TrainingError
-from inlay.pieces.growing_lora import RESERVE, GrowingLoRAPiece
-from inlay.pieces.rank_growth import RankGrowth
+from inlay.pieces.lora.growing import RESERVE, GrowingLoRAPiece
+from inlay.pieces.lora.rank_growth import RankGrowth
 
 IDS = torch.arange(2, 22).reshape(2, 10)
 STEPS = 12

@@ -21,7 +21,7 @@ from inlay.engine.adapters import adapters_of
 from inlay.errors import AdapterError, ConfigError, TargetError, UnsupportedError
 from inlay.kernels.reversible import error_bound
 from inlay.methods.meft import MEFT, PUBLISHED
-from inlay.pieces.reconstruction import kept, reconstruction_error, running
+from inlay.pieces.reversible.reconstruction import kept, reconstruction_error, running
 
 HOSTS = {"bert": "trunk", "roberta": "trunk", "opt": "causal", "llama": "causal", "vit": "trunk", "bart": "conditional"}
 DEPTH = 5

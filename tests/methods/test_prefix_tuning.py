@@ -21,7 +21,7 @@ import inlay
 from inlay import PrefixTuning
 from inlay.engine.adapters import adapters_of
 from inlay.errors import CheckpointError, ConfigError, TargetError, UnsupportedError
-from inlay.pieces import prefix_source
+from inlay.pieces.prompts import prefix_source
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """The same sums over the same keys, in another order of rows."""

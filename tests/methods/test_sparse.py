@@ -14,8 +14,8 @@ from torch import nn
 import inlay
 from inlay.engine.adapters import adapters_of
 from inlay.errors import CheckpointError, ConfigError
-from inlay.pieces.sparse import SparseLinear, SparseParameter
-from inlay.pieces.subsets import Subset
+from inlay.pieces.subsets.sparse import SparseLinear, SparseParameter
+from inlay.pieces.subsets.subset import Subset
 
 HOSTS = ("bert", "gpt2", "tied", "conv")
 

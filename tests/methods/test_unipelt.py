@@ -14,7 +14,7 @@ import inlay
 from inlay import UniPELT
 from inlay.engine.adapters import adapters_of
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.pieces.gated import GatedBottleneck, GatedLoRA, GatedPrefix
+from inlay.pieces.bottlenecks.gated import GatedBottleneck, GatedLoRA, GatedPrefix
 from inlay.pieces.real_tokens import Gate, real_tokens
 
 SMALL = {"num_virtual_tokens": 3, "projection_size": None, "r": 2, "bottleneck": 4}

@@ -16,7 +16,7 @@ import inlay
 from inlay import VLPET
 from inlay.engine.adapters import adapters_of
 from inlay.errors import ConfigError, TargetError, UnsupportedError
-from inlay.pieces.granular_gate import VARIANTS, GranularGate
+from inlay.pieces.bottlenecks.granular_gate import VARIANTS, GranularGate
 
 SMALL = {"r": 4, "gate_r": 3, "decoder_r": 2}
 IDS = torch.arange(3, 13).view(2, 5)

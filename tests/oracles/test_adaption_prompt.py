@@ -16,7 +16,7 @@ import inlay
 from inlay import AdaptionPrompt, PrefixTuning
 from inlay.engine.adapters import adapters_of
 from inlay.errors import InlayError
-from inlay.pieces.adaption import AdaptionAttention
+from inlay.pieces.prompts.adaption import AdaptionAttention
 
 # peft 0.21 itself calls names that transformers has renamed since.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

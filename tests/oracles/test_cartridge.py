@@ -62,7 +62,7 @@ def test_starts_as_the_model_that_has_read_the_text(tmp_path: Path, monkeypatch:
     cache = model(PROMPT[None], use_cache=True).past_key_values
     legacy = [(layer.keys, layer.values) for layer in cache.layers]
     initialize_kv_prefix_from_past_key_values(theirs, past_key_values=legacy)
-    monkeypatch.setattr("inlay.pieces.prefix_source.token_encoder", lambda *_: lambda text: PROMPT.tolist())
+    monkeypatch.setattr("inlay.pieces.prompts.prefix_source.token_encoder", lambda *_: lambda text: PROMPT.tolist())
     mine = inlay.attach(copy.deepcopy(model), Cartridge(num_virtual_tokens=N, init="text", text="a corpus"))
     found = mine(TEXT).logits
     torch.testing.assert_close(found, theirs(input_ids=TEXT, attention_mask=torch.ones_like(TEXT)).logits, **CLOSE)

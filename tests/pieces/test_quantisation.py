@@ -15,7 +15,7 @@ import inlay
 from inlay.engine.adapters import adapters_of
 from inlay.engine.codes import rounded
 from inlay.errors import BaseModelError, ConfigError, UnsupportedError
-from inlay.pieces.quantisation import HOW, largest_part, split
+from inlay.pieces.lora.quantised_start import HOW, largest_part, split
 from inlay.tasks.loading import quiet
 
 IDS = torch.arange(14).view(2, 7)

@@ -17,9 +17,9 @@ from torch.nn import functional
 import inlay
 from inlay.engine.batches import Batches
 from inlay.errors import BaseModelError, CheckpointError, ConfigError, DataError, TargetError, UnsupportedError
-from inlay.pieces import searches
-from inlay.pieces.scores import SCORES
-from inlay.pieces.subsets import Subset
+from inlay.pieces.subsets import searches
+from inlay.pieces.subsets.scores import SCORES
+from inlay.pieces.subsets.subset import Subset
 
 CLASSES, FEATURES = 3, 5
 

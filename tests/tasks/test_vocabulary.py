@@ -148,6 +148,9 @@ def test_scripts(name: str, hosts: dict[str, tuple[Any, Any]]) -> None:
     for text in TEXTS + ENGLISH:
         assert small.renumber(tokenizer(text)["input_ids"]) == small.tokenizer(text)["input_ids"]
     letters = {letter for token in small.tokenizer.get_vocab() for letter in token}
+    pieces = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"]
+    if isinstance(pieces, list):  # Unigram: the lowest score stays, whose piece varies as the tokenizer is trained
+        letters -= set(min(pieces, key=lambda piece: piece[1])[0])
     assert "д" not in letters
     assert small.share is None
     more = inlay.trim_vocabulary(copy.deepcopy(model), tokenizer, OTHERS[:1], scripts=["latin"])

@@ -15,7 +15,7 @@ from train.test_resume import curve, press_ctrl_c_at, same_adapters
 
 import inlay
 from inlay.errors import ConfigError
-from inlay.pieces.reconstruction import kept
+from inlay.pieces.reversible.reconstruction import kept
 from inlay.train import Interrupted, Run, train
 from inlay.train.activations import MECHANISMS, ActivationBudget, StackUnit, measured, plan, units_of
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import inlay
 from inlay.errors import ConfigError
-from inlay.pieces.subsets import Subset
+from inlay.pieces.subsets.subset import Subset
 from inlay.train import Interrupted, Run, check, train
 from inlay.train.callbacks import Curve
 from inlay.train.prepare import prepare, training_batches

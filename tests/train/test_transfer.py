@@ -9,7 +9,7 @@ import pytest
 from train.test_resume import curve, press_ctrl_c_at, same_adapters
 
 from inlay.errors import ConfigError
-from inlay.pieces.saved_prompt import saved_prompt
+from inlay.pieces.prompts.saved import saved_prompt
 from inlay.train import Interrupted, Run, train
 from inlay.train.transfer import transfer, transfer_runs
 

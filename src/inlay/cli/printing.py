@@ -76,10 +76,15 @@ def print_shown(found: AdapterFolder | list[Places]) -> None:
 
 
 def print_methods(found: Sequence[MethodRow], fields: bool) -> None:
-    """The methods, a line each; with `fields`, their fields and defaults."""
+    """The methods, two lines each; with `fields`, their fields and defaults."""
     for row in found:
-        typer.echo(f"{row.kind:<20} {row.name:<20} {row.peft_type or '-':<20} {row.paper}")
+        counted = "" if row.parameters is None else f"{row.parameters:,} parameters"
+        typer.echo(f"{row.kind:<24} {row.name:<24} {row.peft_type or '-':<24} {row.paper:<48} {counted}".rstrip())
+        typer.echo(f"    {row.what}")
+        if row.uncounted is not None:
+            typer.echo(f"    not counted: {row.uncounted}")
         if fields:
+            typer.echo("")
             for name, default in row.fields.items():
                 typer.echo(f"    {name} = {default}")
 

@@ -175,13 +175,16 @@ def show(
 
 def methods(
     kind: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="One method, with its fields.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder or hub id: count each method's parameters in it, at its defaults.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the methods: kind, class, HF peft's name, paper; or one of them with its fields."""
+    """List the methods: kind, class, HF peft's name, paper, what they compute; or one of them with its fields."""
     from inlay.cli.printing import as_plain, print_methods
     from inlay.train import methods
 
-    found = methods(kind)
+    found = methods(kind, model)
     if as_json:
         typer.echo(json.dumps(as_plain(found), ensure_ascii=False))
     else:

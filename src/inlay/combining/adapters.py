@@ -24,7 +24,7 @@ from inlay.engine.sites import Site
 from inlay.engine.trained_copy import ModulesToSave
 from inlay.errors import ConfigError, UnsupportedError, did_you_mean
 from inlay.methods.lora import LoRA
-from inlay.pieces.lora import LoRAPiece
+from inlay.pieces.lora.piece import LoRAPiece
 
 Rank = int | float | None
 FULL = 2**31

@@ -11,7 +11,7 @@ from inlay.combining.inner import Known, Once
 from inlay.engine.composition import names_in
 from inlay.engine.host import Inlays, Inner
 from inlay.engine.piece import Piece
-from inlay.pieces.bottleneck import first_of
+from inlay.pieces.bottlenecks.bottleneck import first_of
 
 
 class BoundAverage(BoundBranches):

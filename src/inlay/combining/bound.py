@@ -20,7 +20,7 @@ from inlay.engine.host import Inlays, Inner, open_host
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, kind_of
 from inlay.errors import UnsupportedError
-from inlay.pieces.bottleneck import AfterPiece, BesidePiece
+from inlay.pieces.bottlenecks.bottleneck import AfterPiece, BesidePiece
 
 Parts = tuple[str | Bound, ...]
 ONE_TENSOR = (AfterPiece, BesidePiece, OverPiece)

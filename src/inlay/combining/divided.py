@@ -16,7 +16,7 @@ from inlay.engine.host import Inlays, Inner
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, kind_of
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.pieces.bottleneck import first_of
+from inlay.pieces.bottlenecks.bottleneck import first_of
 
 CHANNELS_SECOND = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 

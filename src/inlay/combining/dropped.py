@@ -13,7 +13,7 @@ from inlay.engine.composition import Composition
 from inlay.engine.host import Inlays, Inner
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
-from inlay.pieces.bottleneck import AdapterPiece
+from inlay.pieces.bottlenecks.bottleneck import AdapterPiece
 
 
 class BoundDrop(BoundBranches):

@@ -24,7 +24,7 @@ from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.sub_layers import SubLayers
 from inlay.engine.trained_copy import ModulesToSave
 from inlay.errors import AdapterError, CheckpointError, ConfigError, UnsupportedError, did_you_mean
-from inlay.pieces.bottleneck import AfterPiece, BesidePiece, TwicePiece, first_of
+from inlay.pieces.bottlenecks.bottleneck import AfterPiece, BesidePiece, TwicePiece, first_of
 
 
 class OverPiece(Piece):

@@ -5,7 +5,7 @@
 
 A prompt tuned on a task is an embedding of the task (SPoT, Vu et al. 2022, arXiv:2110.07904): tasks whose prompts point
 the same way have more to give to each other. Starting from one and learning from a teacher are fields of the methods:
-`init_from`, `distil_from` (`inlay.pieces.transfer`).
+`init_from`, `distil_from` (`inlay.pieces.prompts.transfer`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from torch import Tensor
 
 from inlay.errors import ConfigError
-from inlay.pieces.distilling import similarity
-from inlay.pieces.saved_prompt import saved_prompt
+from inlay.pieces.prompts.distilling import similarity
+from inlay.pieces.prompts.saved import saved_prompt
 
 Prompt = str | Path | Tensor
 """A folder of an adapter or of a run, or the vectors themselves (n, d)."""

@@ -152,7 +152,8 @@ def _tensors(adapter: engine.Adapter, plain: bool) -> tuple[dict[str, Tensor], d
 def _describe(method: Method, placed: engine.Placed, index: SiteIndex) -> dict[str, Any]:
     """A method as JSON: its kind and fields, with places resolved to names so that they mean the same for ever."""
     if type(method).sites is Method.sites:
-        sites = [site for site, piece in placed if not piece.replaces]
+        # What its targets chose: not the copies, nor what it set at the model's entry of its own accord.
+        sites = [site for site, piece in placed if not piece.replaces and site.kind in method.hosts]
         everything = [site.name for site in index.sites if site.kind in method.hosts]
         changes = [_changes(method, site) for site in sites]
         overrides: dict[str, Any] = {}

@@ -27,8 +27,8 @@ from inlay.engine.controller import Controller
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.methods._rank_budget import RankBudget
 from inlay.pieces.linear import DeltaPiece, LinearMethod, named
+from inlay.pieces.lora.rank_budget import RankBudget
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

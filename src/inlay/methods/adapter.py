@@ -28,8 +28,8 @@ from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.sub_layers import SubLayers
 from inlay.engine.trained_copy import copies
 from inlay.errors import ConfigError, did_you_mean
-from inlay.pieces import bottleneck as pieces
-from inlay.pieces.bottleneck import ACTIVATIONS, INITS, Bottleneck
+from inlay.pieces.bottlenecks import bottleneck as pieces
+from inlay.pieces.bottlenecks.bottleneck import ACTIVATIONS, INITS, Bottleneck
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

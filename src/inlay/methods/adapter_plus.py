@@ -21,8 +21,8 @@ from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.sub_layers import SubLayers
 from inlay.errors import ConfigError
 from inlay.methods.adapter import Adapter
-from inlay.pieces.bottleneck import AfterPiece
-from inlay.pieces.scaled_bottleneck import ScaledBottleneck
+from inlay.pieces.bottlenecks.bottleneck import AfterPiece
+from inlay.pieces.bottlenecks.scaled import ScaledBottleneck
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

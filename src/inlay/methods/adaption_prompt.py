@@ -18,7 +18,7 @@ from inlay.engine.piece import Method, Piece
 from inlay.engine.prompts.attention import switch_off, switch_on
 from inlay.engine.prompts.attention_sites import check_interface
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.pieces.adaption import AdaptionAttention, projections
+from inlay.pieces.prompts.adaption import AdaptionAttention, projections
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex
@@ -39,7 +39,7 @@ class AdaptionPrompt(Method):
     hosts = frozenset({"module"})
     default_targets = "self_attention"
     peft_type = "ADAPTION_PROMPT"
-    paper = "https://arxiv.org/abs/2303.16199"
+    paper = "Zhang et al. 2023, arXiv:2303.16199"
 
     num_virtual_tokens: int = 10
     """n, the vectors of each layer's prompt."""

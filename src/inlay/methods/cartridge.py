@@ -30,7 +30,7 @@ class Cartridge(PrefixTuning):
 
     kind = "cartridge"
     peft_type = "CARTRIDGE"
-    paper = "https://arxiv.org/abs/2506.06266"
+    paper = "Eyuboglu et al. 2025, arXiv:2506.06266"
 
     num_frozen_tokens: int = 1
     """f, how many of the first rows are not trained: models attend to their first token whatever it is."""

@@ -23,8 +23,8 @@ from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.errors import ConfigError
 from inlay.methods.adapter import Adapter
-from inlay.pieces.bottleneck import AdapterPiece
-from inlay.pieces.phm import PHMBottleneck, share_rules
+from inlay.pieces.bottlenecks.bottleneck import AdapterPiece
+from inlay.pieces.bottlenecks.phm import PHMBottleneck, share_rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from inlay.engine.piece import Method, Piece, take, trainable_dtype
 from inlay.engine.prompts.entry import peft_fields, prompt_of, prompt_pieces, prompt_sites, take_prompt
 from inlay.engine.prompts.virtual_tokens import PromptEntry
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.pieces.context_prompt import ContextEntry, ContextPrompt, Projection
+from inlay.pieces.prompts.context import ContextEntry, ContextPrompt, Projection
 
 if TYPE_CHECKING:
     from inlay.engine.controller import Controller
@@ -39,7 +39,7 @@ class CPT(Method):
     kind = "cpt"
     hosts = frozenset({"module", "embedding"})
     peft_type = "CPT"
-    paper = "https://arxiv.org/abs/2410.17222"
+    paper = "Blau et al. 2024, arXiv:2410.17222"
 
     token_ids: tuple[int, ...] = ()
     """c, the tokens of the examples."""

@@ -26,7 +26,7 @@ from inlay.engine.piece import Method, Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.structure import ancestors
 from inlay.errors import ConfigError
-from inlay.pieces.density import ActivationPiece, DensityTerm, FirstProjection, Watch, stack_of
+from inlay.pieces.density.watching import ActivationPiece, DensityTerm, FirstProjection, Watch, stack_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

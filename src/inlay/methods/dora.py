@@ -23,7 +23,7 @@ from inlay.errors import UnsupportedError
 from inlay.kernels import dora as kernel
 from inlay.kernels.choice import fusible
 from inlay.methods.lora import LoRA
-from inlay.pieces.lora import LoRAPiece
+from inlay.pieces.lora.piece import LoRAPiece
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class DoRA(LoRA):
     """W' = m · (W + s B A) / ‖W + s B A‖: direction by low rank, magnitude by itself."""
 
     kind = "dora"
+    peft_variant = "use_dora"
     paper = "Liu et al. 2024, arXiv:2402.09353"
 
     def piece(self, site: Site) -> Piece:

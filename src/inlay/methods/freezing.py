@@ -28,7 +28,7 @@ from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import CopyMethod, TrainedCopy, copies
 from inlay.errors import ConfigError, TrainingError
-from inlay.pieces.head_slices import HeadSlice, head_slices
+from inlay.pieces.subsets.head_slices import HeadSlice, head_slices
 
 EMBEDDINGS = frozenset({"embed", "position", "patch"})
 

@@ -24,9 +24,9 @@ from inlay.engine.controller import Controller
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
 from inlay.errors import CheckpointError, ConfigError
-from inlay.pieces.growing_lora import GrowingLoRAPiece
 from inlay.pieces.linear import LinearMethod
-from inlay.pieces.rank_growth import RankGrowth
+from inlay.pieces.lora.growing import GrowingLoRAPiece
+from inlay.pieces.lora.rank_growth import RankGrowth
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

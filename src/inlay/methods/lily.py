@@ -11,18 +11,14 @@ Parameters: r n for each place, r in for each A, n r out for each group of place
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from inlay.engine.peft_names import ambiguous
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, SiteIndex
-from inlay.engine.walk import modules as modules_of
-from inlay.errors import UnsupportedError
-from inlay.pieces.interconnected import Interconnected, LilyPiece, check_alike, grouped
+from inlay.pieces.interconnected import Interconnected, LilyPiece, check_alike, grouped, sharing_targets
 from inlay.pieces.linear import named
 from inlay.pieces.projections import Placed, Shared, SharingMethod
 
@@ -56,7 +52,7 @@ class Lily(SharingMethod):
         object.__setattr__(self, "sharing", None if self.sharing is None else tuple(self.sharing))
 
     def piece(self, site: Site) -> Piece:
-        return LilyPiece(self.at(site), site)
+        return LilyPiece(self, site)
 
     def share(self, placed: Placed) -> Shared:
         groups = grouped([site for site, _ in placed], self.sharing)
@@ -70,16 +66,7 @@ class Lily(SharingMethod):
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
         entries = super().to_peft(sites, index)
-        modules, every = {site.path for site in sites}, [path for path, _ in modules_of(index.model)]
-        if self.sharing == ("",):
-            entries["target_modules"] = "|".join(re.escape(path) for path in sorted(modules))
-        elif self.sharing is not None and not ambiguous(self.sharing, modules, every):
-            entries["target_modules"] = sorted(self.sharing)
-        names = entries["target_modules"]
-        names = ("",) if isinstance(names, str) else names
-        if any(grouped(sites, names, longest) != grouped(sites, self.sharing) for longest in (True, False)):
-            raise UnsupportedError("HF peft shares by target_modules, which cannot say what is shared here")
-        return entries
+        return {**entries, "target_modules": sharing_targets(entries["target_modules"], self.sharing, sites, index)}
 
     @classmethod
     def fields_from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,26 +15,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
 from inlay.engine.checkpoint import LOADING
 from inlay.engine.peft_names import file_paths, overrides_from_peft, peft_pattern, peft_targets, targets_from_peft
 from inlay.engine.piece import Method, Piece, take
+from inlay.engine.registry import all_methods
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import copies
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.pieces.lora import LoRAPiece
-from inlay.pieces.low_rank_init import INITS
-from inlay.pieces.quantisation import is_quantised, plain_weights_of
-
-if TYPE_CHECKING:
-    pass
+from inlay.pieces.lora.piece import LoRAPiece
+from inlay.pieces.lora.quantised_start import is_quantised, plain_weights_of
+from inlay.pieces.lora.start import INITS
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "olora", "pissa", "loftq", "random"]
-NOT_HERE = ("use_qalora", "alora_invocation_tokens", "layer_replication", "use_bdlora", "arrow_config", "kasa_config",
-            "velora_config", "monteclora_config", "megatron_config")  # fmt: skip
+NOT_HERE = ("use_qalora", "layer_replication", "arrow_config", "monteclora_config",
+            "megatron_config")  # fmt: skip
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Inits of peft's that change the base: what such a file holds fits only the changed base, which it does not hold."""
 
@@ -48,6 +46,8 @@ class LoRA(Method):
     default_targets = "query,value"
     peft_type = "LORA"
     paper = "Hu et al. 2021, arXiv:2106.09685"
+    peft_variant: ClassVar[str] = ""
+    """The entry of peft's LoraConfig that makes a LoRA this variant of it."""
 
     r: int = 8
     """Rank of the change."""
@@ -194,12 +194,21 @@ class LoRA(Method):
         }
 
     @classmethod
+    def is_variant(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a peft LoraConfig describes this variant of LoRA."""
+        return bool(config.get(cls.peft_variant))
+
+    @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> list[Method]:
-        from inlay.methods.dora import DoRA
         from inlay.methods.trainable_tokens import TrainableTokens
 
-        method = (DoRA if config.get("use_dora") else cls)(**cls.fields_from_peft(config))
-        return [method, *(TrainableTokens.from_lora(config) if config.get("trainable_token_indices") else [])]
+        variants = [one for one in all_methods() if issubclass(one, LoRA) and one.is_variant(config)]
+        if len(variants) > 1:
+            names = " and ".join(one.peft_variant for one in variants)
+            raise UnsupportedError(f"this LoRA adapter uses {names}, which Inlay does not have together")
+        kind = variants[0] if variants else cls
+        rows = TrainableTokens.from_lora(config) if config.get("trainable_token_indices") else []
+        return [kind(**kind.fields_from_peft(config)), *rows]
 
 
 def smaller_side(site: Site) -> int:

@@ -27,9 +27,9 @@ from inlay.engine.piece import Method, Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.errors import ConfigError
 from inlay.kernels.reversible import longest_segment
-from inlay.pieces.bottleneck import ACTIVATIONS, Bottleneck
-from inlay.pieces.reversible import GAINS, ReversibleStack
-from inlay.pieces.reversible_places import Halves, activation_of, block_sites, stacks
+from inlay.pieces.bottlenecks.bottleneck import ACTIVATIONS, Bottleneck
+from inlay.pieces.reversible.places import Halves, activation_of, block_sites, stacks
+from inlay.pieces.reversible.stack import GAINS, ReversibleStack
 
 PUBLISHED = {1: (0.1, 1.0), 2: (1.0, 0.1), 3: (0.1, 0.1)}
 

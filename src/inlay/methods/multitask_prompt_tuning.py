@@ -20,8 +20,8 @@ from inlay.engine.piece import Method, Piece, take, trainable_dtype
 from inlay.engine.prompts.entry import peft_fields, prompt_of, prompt_pieces, prompt_sites, take_prompt
 from inlay.engine.prompts.tasks import Tasks
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.pieces.prompt_init import initial_prompt
-from inlay.pieces.task_prompts import COLUMNS, ROWS, TaskPrompts
+from inlay.pieces.prompts.start import initial_prompt
+from inlay.pieces.prompts.tasks import COLUMNS, ROWS, TaskPrompts
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex
@@ -37,7 +37,7 @@ class MultitaskPromptTuning(Method):
     kind = "multitask_prompt_tuning"
     hosts = frozenset({"module", "embedding"})
     peft_type = "MULTITASK_PROMPT_TUNING"
-    paper = "https://arxiv.org/abs/2303.02861"
+    paper = "Wang et al. 2023, arXiv:2303.02861"
 
     num_virtual_tokens: int = 20
     """n, the vectors of one prompt."""

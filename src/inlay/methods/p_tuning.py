@@ -44,7 +44,7 @@ class PTuning(Method):
     kind = "p_tuning"
     hosts = frozenset({"module", "embedding"})
     peft_type = "P_TUNING"
-    paper = "https://arxiv.org/abs/2103.10385"
+    paper = "Liu et al. 2021, arXiv:2103.10385"
 
     num_virtual_tokens: int = 20
     """n, the vectors of the prompt."""

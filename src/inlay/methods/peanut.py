@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
 from inlay.kernels import lora as kernel
-from inlay.pieces.bottleneck import ACTIVATIONS
+from inlay.pieces.bottlenecks.bottleneck import ACTIVATIONS
 from inlay.pieces.linear import LinearMethod, named
 from inlay.pieces.relative import RelativePiece
 

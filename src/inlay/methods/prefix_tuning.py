@@ -22,8 +22,8 @@ from inlay.engine.prompts import attention_sites as places
 from inlay.engine.prompts.attention import PositionShift, PrefixAttention, switch_off, switch_on
 from inlay.engine.prompts.entry import arguments_of, encoder_of
 from inlay.errors import CheckpointError, ConfigError, UnsupportedError
-from inlay.pieces.prefix_source import prefix_sources
-from inlay.pieces.transfer import Transfer
+from inlay.pieces.prompts.prefix_source import prefix_sources
+from inlay.pieces.prompts.transfer import Transfer
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex
@@ -44,7 +44,7 @@ class PrefixTuning(Transfer):
     hosts = frozenset({"module"})
     default_targets = "self_attention"
     peft_type = "PREFIX_TUNING"
-    paper = "https://arxiv.org/abs/2101.00190"
+    paper = "Li, Liang 2021, arXiv:2101.00190"
 
     num_virtual_tokens: int = 20
     """n, the rows of the prefix in each layer."""

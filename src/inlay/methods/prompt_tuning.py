@@ -23,9 +23,9 @@ from inlay.engine.prompts.calls import Combine
 from inlay.engine.prompts.entry import peft_fields, prompt_of, prompt_pieces, prompt_sites, take_prompt
 from inlay.engine.prompts.virtual_tokens import Prompt
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.pieces.prompt_init import Init, initial_prompt
-from inlay.pieces.saved_prompt import starting_vectors
-from inlay.pieces.transfer import Transfer
+from inlay.pieces.prompts.saved import starting_vectors
+from inlay.pieces.prompts.start import Init, initial_prompt
+from inlay.pieces.prompts.transfer import Transfer
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex
@@ -44,7 +44,7 @@ class PromptTuning(Transfer):
     kind = "prompt_tuning"
     hosts = frozenset({"module", "embedding"})
     peft_type = "PROMPT_TUNING"
-    paper = "https://arxiv.org/abs/2104.08691"
+    paper = "Lester et al. 2021, arXiv:2104.08691"
 
     num_virtual_tokens: int = 20
     """n, the vectors of one prompt."""

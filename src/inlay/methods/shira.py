@@ -18,7 +18,7 @@ from inlay.engine.sites import Site
 from inlay.errors import ConfigError
 from inlay.kernels import positions
 from inlay.pieces.linear import LinearMethod, named
-from inlay.pieces.sparse import SparseLinear
+from inlay.pieces.subsets.sparse import SparseLinear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

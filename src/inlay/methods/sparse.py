@@ -21,8 +21,8 @@ from collections.abc import Sequence
 
 from inlay.engine.sites import Site, SiteIndex
 from inlay.errors import ConfigError
-from inlay.pieces.selection import Choice
-from inlay.pieces.sparse import SparseMethod
+from inlay.pieces.subsets.selection import Choice
+from inlay.pieces.subsets.sparse import SparseMethod
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

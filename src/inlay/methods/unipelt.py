@@ -27,10 +27,10 @@ from inlay.errors import ConfigError
 from inlay.methods.adapter import Adapter
 from inlay.methods.lora import LoRA
 from inlay.methods.prefix_tuning import PrefixTuning
-from inlay.pieces.bottleneck import AfterPiece, TwicePiece
+from inlay.pieces.bottlenecks.bottleneck import AfterPiece, TwicePiece
+from inlay.pieces.bottlenecks.gated import GatedBottleneck, GatedLoRA, GatedPrefix, place_of
 from inlay.pieces.encoder_blocks import Block, encoder_blocks
-from inlay.pieces.gated import GatedBottleneck, GatedLoRA, GatedPrefix, place_of
-from inlay.pieces.prefix_source import prefix_sources
+from inlay.pieces.prompts.prefix_source import prefix_sources
 from inlay.pieces.real_tokens import Gate, Real, TellsReal
 
 PARTS = ("lora", "prefix", "adapter")

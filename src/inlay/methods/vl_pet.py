@@ -30,8 +30,8 @@ from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.sub_layers import SubLayers
 from inlay.engine.trained_copy import copies
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.pieces.bottleneck import EnterPiece, ScopePiece
-from inlay.pieces.granular_gate import (
+from inlay.pieces.bottlenecks.bottleneck import EnterPiece, ScopePiece
+from inlay.pieces.bottlenecks.granular_gate import (
     VARIANTS,
     GateLeavePiece,
     GatePiece,

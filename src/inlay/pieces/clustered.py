@@ -22,6 +22,8 @@ class AdaMSSPiece(DeltaPiece):
 
     adamss_newB: Tensor
     clusters: Tensor
+    order: Tensor
+    """Where each row of W stands when they are stacked cluster by cluster."""
 
     def __init__(
         self, method: Method, site: Site, *, r: int, count: int, rank: int, threshold: float, seed: int
@@ -31,6 +33,7 @@ class AdaMSSPiece(DeltaPiece):
         self.r, self.seed = min(r, out, width + self.has_bias), seed
         self.register_buffer("adamss_newB", torch.zeros(self.r, width + self.has_bias, **self.place), persistent=False)
         self.register_buffer("clusters", torch.zeros(out, dtype=torch.long, device=site.device), persistent=False)
+        self.register_buffer("order", torch.zeros(out, dtype=torch.long, device=site.device), persistent=False)
         if LOADING.get():
             self.resize(torch.zeros(out, dtype=torch.long), [1])
             return
@@ -52,6 +55,7 @@ class AdaMSSPiece(DeltaPiece):
     def resize(self, rows: Tensor, ranks: Sequence[int]) -> None:
         """Make room for these clusters, with changes of these ranks that start at zero."""
         self.clusters.copy_(rows)
+        self.order.copy_(rows.argsort(stable=True).argsort())
         counts = [max(1, rank) for rank in ranks]
         sizes = torch.bincount(rows.cpu(), minlength=len(counts)).tolist()
         self.adamss_A = nn.ParameterList(self.start(rank, self.r, value=0.0) for rank in counts)
@@ -61,8 +65,8 @@ class AdaMSSPiece(DeltaPiece):
     def thin(self) -> tuple[Tensor, Tensor]:
         """A (K · rank, r) within N's space, and B (out, K · rank), block-diagonal up to the order of its rows."""
         parts: list[Tensor] = list(self.adamss_B)
-        order = self.clusters.argsort(stable=True)
-        return torch.cat(list(self.adamss_A)), torch.block_diag(*parts)[order.argsort()]  # type: ignore[no-untyped-call]
+        stacked: Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]
+        return torch.cat(list(self.adamss_A)), stacked.index_select(0, self.order)
 
     def forward(self, inner: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         with without_autocast(x):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
-from inlay.pieces.bottleneck import Bottleneck
+from inlay.pieces.bottlenecks.bottleneck import Bottleneck
 
 
 class Coupling(nn.Module):

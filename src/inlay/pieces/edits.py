@@ -15,7 +15,7 @@ from inlay.engine.sites import Site
 from inlay.errors import UnsupportedError
 from inlay.kernels.choice import without_autocast
 from inlay.kernels.chosen_tokens import Chosen, at, changed, ends
-from inlay.pieces.bottleneck import first_of
+from inlay.pieces.bottlenecks.bottleneck import first_of
 from inlay.pieces.real_tokens import real_tokens
 
 

@@ -29,7 +29,7 @@ from inlay.errors import TargetError
 from inlay.kernels import gated, siblings
 from inlay.kernels.choice import compute_dtype, fusible
 from inlay.kernels.lora import suits
-from inlay.pieces.lora import LoRAPiece
+from inlay.pieces.lora.piece import LoRAPiece
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",

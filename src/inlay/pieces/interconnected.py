@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from inlay.engine.peft_names import ambiguous
 from inlay.engine.piece import Piece, trainable_dtype
-from inlay.engine.sites import Site
-from inlay.errors import CheckpointError
+from inlay.engine.sites import Site, SiteIndex
+from inlay.engine.walk import modules as modules_of
+from inlay.errors import CheckpointError, UnsupportedError
 from inlay.kernels.routed import routed
 from inlay.pieces.projections import Placed, Shared
 
@@ -27,6 +30,23 @@ def grouped(sites: Sequence[Site], names: Sequence[str] | None, longest: bool = 
         best = (max if longest else min)(fitting, key=len, default=site.path)
         groups.setdefault((best, site.out_features, site.in_features), []).append(number)
     return list(groups.values())
+
+
+def sharing_targets(names: Any, sharing: Sequence[str] | None, sites: Sequence[Site], index: SiteIndex) -> Any:
+    """HF peft's target_modules, by which it shares too, for these sites; `names` where no `sharing` is given.
+
+    Raises UnsupportedError where peft would share otherwise. Of several entries that fit one path it takes any.
+    """
+    modules, every = {site.path for site in sites}, [path for path, _ in modules_of(index.model)]
+    if sharing == ("",):
+        names = "|".join(re.escape(path) for path in sorted(modules))
+    elif sharing is not None and not ambiguous(sharing, modules, every):
+        found = all(any(f".{path}".endswith(f".{name}") for name in sharing) for path in modules)
+        names = sorted(sharing) if found else names
+    theirs = ("",) if isinstance(names, str) else names
+    if any(grouped(sites, theirs, longest) != grouped(sites, sharing) for longest in (True, False)):
+        raise UnsupportedError("HF peft shares by target_modules, which cannot say what is shared here")
+    return names
 
 
 class Interconnected(Shared):

@@ -27,9 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 from inlay.engine.sites import SiteIndex
 from inlay.errors import ConfigError
-from inlay.pieces.reconstruction import kept as keeping
-from inlay.pieces.reconstruction import running
-from inlay.pieces.reversible import ReversibleStack
+from inlay.pieces.reversible.reconstruction import kept as keeping
+from inlay.pieces.reversible.reconstruction import running
+from inlay.pieces.reversible.stack import ReversibleStack
 from inlay.train.around import Around, Forward
 from inlay.train.options import readable
 from inlay.train.saved import Profile, Storages, Unit, profile

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,14 @@ import transformers
 from torch import nn
 
 from inlay.engine import files
+from inlay.engine.adapters import attach, detach
 from inlay.engine.checkpoint import own_entry, read_methods
+from inlay.engine.piece import Method
 from inlay.engine.registry import all_methods, method_class
 from inlay.engine.sites import SiteIndex
+from inlay.engine.summary import summary
 from inlay.engine.trained_copy import ModulesToSave
-from inlay.errors import ConfigError
+from inlay.errors import ConfigError, InlayError
 from inlay.tasks.loading import quiet
 from inlay.train.record import ADAPTER, RECORD_FILE, Record
 
@@ -153,24 +158,49 @@ class MethodRow:
 
     kind: str
     name: str
+    what: str
+    """What it computes, in a line."""
     paper: str
     peft_type: str | None
     fields: Mapping[str, str]
     """Its own fields with their defaults."""
+    parameters: int | None = None
+    """Trained with the defaults in the model asked about, new heads aside."""
+    uncounted: str | None = None
+    """Why they could not be counted."""
 
 
-def methods(kind: str | None = None) -> list[MethodRow]:
-    """Every method (or one): its kind, the class, the paper, HF peft's name for it, and its fields."""
+def methods(kind: str | None = None, model: str | None = None) -> list[MethodRow]:
+    """Every method (or one): its kind, the class, what it computes, the paper, HF peft's name for it, and its fields.
+
+    `model`: a folder or hub id, in which the parameters of each are counted; its weights are not read.
+    """
+    classes = all_methods() if kind is None else [method_class(kind)]
+    base = None if model is None else skeleton(model)
     return [
         MethodRow(
             kind=cls.kind,
             name=cls.__name__,
+            what=inspect.cleandoc(cls.__doc__ or "").partition("\n")[0],
             paper=cls.paper,
             peft_type=cls.peft_type,
             fields={field.name: _shown_default(field) for field in dataclasses.fields(cls)},
+            **({} if base is None else _counted(cls, base)),
         )
-        for cls in (all_methods() if kind is None else [method_class(kind)])
+        for cls in classes
     ]
+
+
+def _counted(cls: type[Method], model: nn.Module) -> dict[str, Any]:
+    try:
+        with warnings.catch_warnings():  # of block sizes and the like, which are no choice of the user's here
+            warnings.simplefilter("ignore")
+            attach(model, cls())
+    except InlayError as error:
+        return {"uncounted": str(error)}
+    rows = summary(model).rows
+    detach(model)
+    return {"parameters": sum(row.parameters for row in rows if row.method != ModulesToSave.kind)}
 
 
 def _shown_default(field: dataclasses.Field[Any]) -> str:

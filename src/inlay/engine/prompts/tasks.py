@@ -1,4 +1,4 @@
-"""Which task each row of a batch belongs to, for prompts of several tasks."""
+"""Which task each row of a batch belongs to, for prompts and adapters of several tasks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from inlay.errors import ConfigError
 
 
 class Tasks:
-    """The tasks that a prompt is of, and those of the rows to come, as far as the call itself does not say."""
+    """The tasks of a prompt or an adapter, and those of the rows to come, as far as the call itself does not say."""
+
+    what = "the prompts are"
+    """What errors call it that is of these tasks."""
 
     def __init__(self, count: int, usual: int | None) -> None:
         self.count = count
@@ -35,7 +38,7 @@ class Tasks:
         given = self.usual if given is None else given
         if given is None:
             raise ConfigError(
-                f"the prompts are of {self.count} tasks, and the call does not say which: pass task_ids=, one for each "
+                f"{self.what} of {self.count} tasks, and the call does not say which: pass task_ids=, one for each "
                 "row; around generate, use inlay.for_tasks(model, task_ids); or set task= for all rows"
             )
         tasks = torch.as_tensor(given, device=device, dtype=torch.long)
@@ -44,5 +47,5 @@ class Tasks:
         if tasks.ndim > 1 or (tasks.ndim == 1 and tasks.shape[0] != rows):
             raise ConfigError(f"task_ids of shape {tuple(tasks.shape)} for {rows} rows: give one for each row")
         if not torch.compiler.is_compiling() and bool(((tasks < 0) | (tasks >= self.count)).any()):
-            raise ConfigError(f"task_ids={tasks.tolist()}: the prompts are of tasks 0 to {self.count - 1}")
+            raise ConfigError(f"task_ids={tasks.tolist()}: {self.what} of tasks 0 to {self.count - 1}")
         return tasks.expand(rows)

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from inlay.engine.adapters import adapters_of
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.pieces.lora import LoRAPiece
+from inlay.pieces.lora.piece import LoRAPiece
 
 
 def riemannian(optimizer: Optimizer, model: nn.Module, damping: float = 1e-6) -> RemovableHandle:

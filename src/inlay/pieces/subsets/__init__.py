@@ -1,0 +1,1 @@
+"""Which entries of a model matter, and changes of these alone."""
