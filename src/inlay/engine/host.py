@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from inlay.engine import sequential
 from inlay.engine.linear import Linear, plain_linear
 from inlay.engine.piece import Piece
 
@@ -298,6 +299,8 @@ def hosted(base: type[nn.Module], parameters: frozenset[str]) -> type[nn.Module]
     }
     for name in parameters:
         namespace[name] = property(_reader(name))
+    if issubclass(base, nn.Sequential):
+        namespace |= sequential.without(CHILD)
     return type(base.__name__, (base,), namespace)
 
 
