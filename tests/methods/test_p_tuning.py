@@ -187,6 +187,8 @@ def test_compiling() -> None:
         ({"num_virtual_tokens": 0}, "1 or more"),
         ({"hidden_size": 0}, "1 or more"),
         ({"num_layers": 0}, "1 or more"),
+        ({"num_virtual_tokens": None}, "1 or more"),
+        ({"num_virtual_tokens": "20"}, "1 or more"),
         ({"encoder": "gru"}, "choose"),
         ({"dropout": 0.1}, "layers of an LSTM"),
         ({"dropout": 1.0, "encoder": "lstm"}, "lies in"),

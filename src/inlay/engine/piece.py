@@ -1,7 +1,8 @@
 """What a method is made of: `Piece`, the module set into a host, and `Method`, the frozen description of it.
 
-A method file holds one `Method` (a frozen dataclass: what the user writes) and one `Piece` (an `nn.Module`: what
-computes). The engine knows neither by name: it asks the method for its sites and pieces, and calls the pieces.
+A method file holds one `Method` (a frozen dataclass: what the user writes); its `Piece` (an `nn.Module`: what computes)
+stands there too, or in `pieces/`. The engine knows neither by name: it asks the method for its sites and pieces, and
+calls the pieces.
 """
 
 from __future__ import annotations

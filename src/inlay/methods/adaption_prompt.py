@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from inlay.engine.piece import Method, Piece
-from inlay.engine.prompts.attention import switch_off, switch_on
 from inlay.engine.prompts.attention_sites import check_interface
 from inlay.errors import ConfigError, UnsupportedError
 from inlay.pieces.prompts.adaption import AdaptionAttention, projections
+from inlay.pieces.prompts.attending import AttendingMethod
+from inlay.pieces.prompts.checks import check_counts
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex
@@ -28,7 +29,7 @@ PEFT = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaptionPrompt(Method):
+class AdaptionPrompt(AttendingMethod):
     """A prompt of n vectors and a gate in each of the top attentions (d: hidden size, L: layers).
 
     Parameters: L · (n · d + 1). The prompt has no positions and takes none of the text's; it works with `generate`, any
@@ -49,10 +50,7 @@ class AdaptionPrompt(Method):
     """Whether what is added goes through the attention's output projection, as in the paper; peft's GPT-2 does not."""
 
     def __post_init__(self) -> None:
-        for name in ("num_virtual_tokens", "num_layers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"AdaptionPrompt({name}={value}): it must be 1 or more")
+        check_counts(self, "num_virtual_tokens", optional="num_layers")
         if self.overrides:
             raise ConfigError("AdaptionPrompt has no overrides: attach two of them, each with its layers")
 
@@ -73,15 +71,6 @@ class AdaptionPrompt(Method):
 
         index = SiteIndex(model)
         return [(site, AdaptionAttention(site, index, self.num_virtual_tokens, self.projected)) for site in sites]
-
-    def on_attach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
-        """Have the attentions' configs name the function that knows prompts."""
-        placed = [(site, piece) for site, piece in pieces if isinstance(piece, AdaptionAttention)]
-        switch_on([piece for _, piece in placed], [site for site, _ in placed])
-
-    def on_detach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
-        """Give the configs back their names."""
-        switch_off(model, [piece for _, piece in pieces if isinstance(piece, AdaptionAttention)])
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
         """peft's AdaptionPromptConfig; UnsupportedError for what it has no fields for."""

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from inlay.engine.checkpoint import task_type
-from inlay.engine.piece import Method, Piece, take, trainable_dtype
+from inlay.engine.piece import Method, Piece, trainable_dtype
 from inlay.engine.prompts.entry import peft_fields, prompt_of, prompt_pieces, prompt_sites, take_prompt
 from inlay.engine.prompts.virtual_tokens import PromptEntry
 from inlay.errors import ConfigError, UnsupportedError
+from inlay.pieces.prompts.checks import check_entry
 from inlay.pieces.prompts.context import ContextEntry, ContextPrompt, Projection
+from inlay.pieces.prompts.files import take_all
 
 if TYPE_CHECKING:
     from inlay.engine.controller import Controller
@@ -64,8 +66,7 @@ class CPT(Method):
         for name in ("epsilon", "format_epsilon", "loss_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"CPT({name}={getattr(self, name)}): it must be 0 or more")
-        if self.targets is not None or self.exclude is not None or self.layers is not None or self.overrides:
-            raise ConfigError("CPT sits at the model's entry: it has no targets, layers or overrides")
+        check_entry(self)
 
     @property
     def types(self) -> tuple[int, ...]:
@@ -116,9 +117,7 @@ class CPT(Method):
         vectors = take_prompt(tensors, own["delta"].shape)
         if not extra:
             extra |= {"center": vectors, "delta": torch.zeros_like(vectors)}
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(take(extra, name, tensor.shape))
+        take_all(own, extra)
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
         """peft's CPTConfig, which is of causal language models only."""

@@ -24,8 +24,8 @@ from torch import nn
 from inlay.engine.controller import Controller
 from inlay.engine.piece import Method, Piece
 from inlay.engine.sites import Site, SiteIndex
-from inlay.engine.structure import ancestors
 from inlay.errors import ConfigError
+from inlay.pieces.density.networks import firsts, watch_of
 from inlay.pieces.density.watching import ActivationPiece, DensityTerm, FirstProjection, Watch, stack_of
 
 
@@ -84,21 +84,3 @@ class DensityLoss(Method):
 
     def rides_with(self, methods: Sequence[Method]) -> bool:
         return not self.adaptive
-
-
-def firsts(index: SiteIndex, seconds: Sequence[Site]) -> list[Site]:
-    """The first projections of the networks whose second ones these are: the nearest ones around each."""
-    ups = [site for site in index.sites if site.kind == "linear" and site.roles & {"up", "gate"}]
-    found: list[Site] = []
-    for second in seconds:
-        for above in ancestors(second.path):
-            near = [site for site in ups if f"{site.path}.".startswith(f"{above}.") and site is not second]
-            if near or any(above == site.path for site in index.sites if "block" in site.roles):
-                found += near
-                break
-    return found
-
-
-def watch_of(pieces: Sequence[tuple[object, Piece]]) -> Watch:
-    """What the pieces share."""
-    return next(piece.watch for _, piece in pieces if isinstance(piece, ActivationPiece))

@@ -21,15 +21,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from inlay.engine.peft_names import peft_targets, shortest_names, targets_from_peft
-from inlay.engine.piece import Method, Piece, trainable_dtype
+from inlay.engine.piece import Method, Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.targets import split_items
 from inlay.errors import ConfigError, TargetError, UnsupportedError, did_you_mean
-from inlay.kernels.scaling import scaled
+from inlay.pieces.multiplicative.vectors import IA3Piece
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,64 +94,3 @@ class IA3(Method):
         names = config.get("feedforward_modules") or []
         pattern = names if isinstance(names, str) else "|".join(f".*{re.escape(name)}" for name in sorted(names))
         return [cls(**targets_from_peft(config), feedforward=(f"re:{pattern}",) if pattern else ())]
-
-
-class IA3Piece(Piece):
-    """The vector l at one site, in the shape that HF peft gives it: (out, 1), (1, in) or (1, channels, 1, …)."""
-
-    def __init__(self, method: IA3, site: Site) -> None:
-        super().__init__()
-        self.additive = method.form == "additive"
-        self.at_input = method.at_input(site)
-        self.kind = site.kind
-        self.groups = int(getattr(site.module, "groups", 1)) if site.kind == "conv" else 1
-        if site.kind == "parameter" and (self.additive or (site.bias is not None and not self.at_input)):
-            reason = "a bare parameter has no output to add to" if self.additive else "its bias is added apart from it"
-            raise UnsupportedError(f"IA3 cannot sit at {site.name}: {reason}; exclude it, or use LoRA there")
-        start = torch.zeros if self.additive else torch.ones
-        self.ia3_l = nn.Parameter(start(self.shape(site), dtype=trainable_dtype(site.dtype), device=site.device))
-
-    def shape(self, site: Site) -> tuple[int, ...]:
-        """The shape of l at a site; experts have one vector each."""
-        size = site.in_features if self.at_input else site.out_features
-        if site.kind == "conv":
-            return (1, size, *[1] * (site.weight.dim() - 2))
-        if site.weight.dim() == 3:
-            return (site.weight.shape[0], *((size, 1) if self.at_input == site.transposed else (1, size)))
-        return (1, size) if self.at_input else (size, 1)
-
-    def forward(self, inner: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.at_input:
-            return inner(self.act(x), *args, **kwargs)
-        return self.act(inner(x, *args, **kwargs))
-
-    def act(self, x: Tensor) -> Tensor:
-        """l ⊙ x or x + l, formed in the precision of l and rounded once."""
-        l = self.ia3_l[0] if self.kind == "conv" else self.ia3_l.flatten()  # noqa: E741  (the paper's letter)
-        if self.additive or self.kind == "conv":
-            return (x + l if self.additive else x * l).to(x.dtype)
-        return scaled(x, l)
-
-    @property
-    def mergeable(self) -> bool:
-        """W (x + l) = W x + b + W l is no change of W, and of b only where W is at hand."""
-        return not (self.additive and self.at_input)
-
-    def weight(self, weight: Tensor) -> Tensor:
-        if self.additive:
-            return weight
-        if self.kind != "conv":
-            return weight * self.ia3_l
-        if not self.at_input:
-            return weight * self.ia3_l.transpose(0, 1)
-        # Each group of outputs sees its own channels: (groups, 1, in / groups, 1, …) over (groups, out / groups, …).
-        scale = self.ia3_l.reshape(self.groups, 1, -1, *self.ia3_l.shape[2:])
-        return (weight.reshape(self.groups, -1, *weight.shape[1:]) * scale).reshape(weight.shape)
-
-    def bias(self, bias: Tensor | None) -> Tensor | None:
-        if self.at_input:
-            return bias
-        vector = self.ia3_l.flatten()
-        if self.additive:
-            return vector if bias is None else bias + vector
-        return None if bias is None else bias * vector

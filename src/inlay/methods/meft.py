@@ -27,7 +27,7 @@ from inlay.engine.piece import Method, Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.errors import ConfigError
 from inlay.kernels.reversible import longest_segment
-from inlay.pieces.bottlenecks.bottleneck import ACTIVATIONS, Bottleneck
+from inlay.pieces.bottlenecks.bottleneck import ACTIVATIONS, Bottleneck, BottleneckFields
 from inlay.pieces.reversible.places import Halves, activation_of, block_sites, stacks
 from inlay.pieces.reversible.stack import GAINS, ReversibleStack
 
@@ -112,14 +112,4 @@ class MEFT(Method):
 
     def network(self, into: int, out: int, site: Site) -> Bottleneck:
         """A fresh adapter, on the device of a place."""
-        return Bottleneck(into, self.bottleneck, out, _Fields(self.activation or "gelu", self.dropout), site)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fields:
-    """What `Bottleneck` reads of a method."""
-
-    activation: str
-    dropout: float
-    scale: float = 1.0
-    init: str = "bert"
+        return Bottleneck(into, self.bottleneck, out, BottleneckFields(self.activation or "gelu", self.dropout), site)

@@ -15,15 +15,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.errors import UnsupportedError
-from inlay.kernels import grids
-from inlay.pieces.linear import DeltaPiece, LinearMethod, named
-from inlay.pieces.relative import RelativePiece
+from inlay.pieces.deltas.shards import BatPiece, MiSSPiece
+from inlay.pieces.linear import LinearMethod, named
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,31 +67,3 @@ class MiSS(LinearMethod):
     def fields_from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         fields = super().fields_from_peft(config)
         return {**fields, "variant": fields["variant"] if isinstance(fields.get("variant"), str) else "plain"}
-
-
-class MiSSPiece(DeltaPiece):
-    """D (r, out) or (r, mini_r), by HF peft's name."""
-
-    def __init__(self, method: MiSS, site: Site) -> None:
-        super().__init__(method, site)
-        width = method.mini_r if method.variant == "mini" else self.shape[0]
-        self.miss_block = self.start(method.r, width, value=0.0)
-
-    def forward(self, inner: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        rate = self.dropout if self.training else 0.0
-        return grids.sharded(inner(x), F.dropout(x, rate) if rate else x, self.miss_block)
-
-    def form(self, *tensors: Tensor) -> Tensor:
-        return grids.sharded_delta(tensors[0], self.shape)
-
-
-class BatPiece(RelativePiece):
-    """D (out / r, r, r), by HF peft's name."""
-
-    def __init__(self, method: MiSS, site: Site) -> None:
-        super().__init__(method, site)
-        self.miss_block = self.start(self.shape[0] // method.r, method.r, method.r, value=0.0)
-
-    def form(self, *tensors: Tensor) -> Tensor:
-        block, weight = tensors
-        return grids.block_affine_delta(weight, block)

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from inlay.engine.checkpoint import LOADING
-from inlay.engine.piece import Method, Piece, take, trainable_dtype
+from inlay.engine.piece import Method, Piece, trainable_dtype
 from inlay.engine.prompts.entry import peft_fields, prompt_of, prompt_pieces, prompt_sites, take_prompt
 from inlay.engine.prompts.tasks import Tasks
 from inlay.errors import ConfigError, UnsupportedError
+from inlay.pieces.prompts.checks import check_counts, check_entry
+from inlay.pieces.prompts.files import take_all
 from inlay.pieces.prompts.start import initial_prompt
 from inlay.pieces.prompts.tasks import COLUMNS, ROWS, TaskPrompts
 
@@ -59,9 +61,7 @@ class MultitaskPromptTuning(Method):
     """The task of rows whose call names none; None: it must be named, if there are several."""
 
     def __post_init__(self) -> None:
-        for name in ("num_virtual_tokens", "num_tasks", "num_ranks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"MultitaskPromptTuning({name}={getattr(self, name)}): it must be 1 or more")
+        check_counts(self, "num_virtual_tokens", "num_tasks", "num_ranks")
         if self.task is not None and not 0 <= self.task < self.num_tasks:
             raise ConfigError(f"MultitaskPromptTuning(task={self.task}): the tasks are 0 to {self.num_tasks - 1}")
         if self.init not in ("random", "vocabulary", "text"):
@@ -70,8 +70,7 @@ class MultitaskPromptTuning(Method):
             raise ConfigError(
                 f"MultitaskPromptTuning(init_task={self.init_task!r}): choose average, shared or the number of a task"
             )
-        if self.targets is not None or self.exclude is not None or self.layers is not None or self.overrides:
-            raise ConfigError("MultitaskPromptTuning sits at the model's entry: it has no targets, layers or overrides")
+        check_entry(self)
 
     def sites(self, index: SiteIndex) -> list[Site]:
         """The model, its encoder if it is an encoder–decoder, and the token embedding that reads the text."""
@@ -108,8 +107,7 @@ class MultitaskPromptTuning(Method):
             tensors[COLUMNS] = columns[:, :n]
         with torch.no_grad():
             found["prompt_embeddings"].copy_(take_prompt(tensors, found["prompt_embeddings"].shape))
-            for name in (COLUMNS, ROWS):
-                found[name].copy_(take(tensors, name, found[name].shape))
+        take_all({name: found[name] for name in (COLUMNS, ROWS)}, tensors)
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
         """peft's MultitaskPromptTuningConfig."""

@@ -13,17 +13,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-
 from inlay.engine.controller import Controller
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
 from inlay.errors import ConfigError
-from inlay.kernels import rotations
-from inlay.pieces.input_rotation import InputRotation, nearest_divisor
 from inlay.pieces.linear import LinearMethod, named
+from inlay.pieces.multiplicative.block_rotation import OFTPiece, Projection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,40 +60,3 @@ class OFT(LinearMethod):
 
     def controller(self, pieces: Mapping[str, Piece]) -> Controller | None:
         return Projection(pieces) if self.coft else None
-
-
-class OFTPiece(InputRotation):
-    """The entries of the Q_i above their diagonals, row by row: `oft_R.weight` (n, b (b − 1) / 2)."""
-
-    def __init__(self, method: OFT, site: Site) -> None:
-        super().__init__(method, site)
-        blocks = nearest_divisor(method.r or method.block_size, self.size, f"OFT at {site.name}")
-        self.block = self.size // blocks if method.r else blocks
-        self.terms = method.num_cayley_neumann_terms if method.use_cayley_neumann else 0
-        self.eps = method.eps if method.coft else 0.0
-        number = 1 if method.block_share else self.size // self.block
-        self.oft_R = nn.ParameterDict(
-            {"weight": torch.zeros(number, self.block * (self.block - 1) // 2, **self.place)}
-        )
-
-    def entries(self) -> Tensor:
-        """What Q is made of, within COFT's bound."""
-        entries: Tensor = self.oft_R["weight"]
-        return rotations.projected(entries, self.eps) if self.eps else entries
-
-    def turned(self, x: Tensor, inverse: bool = False) -> Tensor:
-        q = rotations.skew(self.entries(), self.block)
-        change = rotations.neumann(q, self.terms) if self.terms else rotations.cayley(-q)
-        return rotations.rotated(x, change.mT if inverse else change)
-
-
-class Projection(Controller):
-    """Keeps COFT's parameters within their bound."""
-
-    def __init__(self, pieces: Mapping[str, Piece]) -> None:
-        self.pieces = [piece for piece in pieces.values() if isinstance(piece, OFTPiece)]
-
-    def after_step(self, optimizer: Optimizer) -> None:
-        with torch.no_grad():
-            for piece in self.pieces:
-                piece.oft_R["weight"].copy_(piece.entries())

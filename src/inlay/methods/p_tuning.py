@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from inlay.engine.piece import Method, Piece, take, trainable_dtype
+from inlay.engine.piece import Method, Piece, trainable_dtype
 from inlay.engine.prompts.entry import peft_fields, prompt_of, prompt_pieces, prompt_sites, take_prompt
 from inlay.engine.prompts.virtual_tokens import Prompt
 from inlay.errors import CheckpointError, ConfigError
 from inlay.methods.prefix_tuning import PrefixTuning
+from inlay.pieces.prompts.checks import check_counts
+from inlay.pieces.prompts.encoded import EncodedPrompt
+from inlay.pieces.prompts.files import take_all
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex
@@ -60,10 +63,7 @@ class PTuning(Method):
     """P-tuning v2: a prompt in every layer, of which `targets`, `exclude` and `layers` may choose."""
 
     def __post_init__(self) -> None:
-        for name in ("num_virtual_tokens", "hidden_size", "num_layers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"PTuning({name}={value}): it must be 1 or more")
+        check_counts(self, "num_virtual_tokens", "num_layers", optional="hidden_size")
         if self.encoder not in ("mlp", "lstm", None):
             raise ConfigError(f"PTuning(encoder={self.encoder!r}): choose 'mlp', 'lstm' or None")
         if not 0 <= self.dropout < 1 or (self.dropout and (self.encoder != "lstm" or self.num_layers < 2)):
@@ -135,9 +135,7 @@ class PTuning(Method):
             raise CheckpointError(
                 "the second file, with the encoder behind the prompt, is missing: put it beside the first"
             )
-        with torch.no_grad():
-            for name, parameter in encoder.items():
-                parameter.copy_(take(extra, name, parameter.shape))
+        take_all(encoder, extra)
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
         """peft's PromptEncoderConfig, or PrefixTuningConfig if deep."""
@@ -158,26 +156,3 @@ class PTuning(Method):
             "HF peft saves no P-tuning encoder: the prompt is loaded, and trained, as plain vectors", stacklevel=2
         )
         return [cls(num_virtual_tokens=config["num_virtual_tokens"], encoder=None)]
-
-
-class EncodedPrompt(nn.Module):
-    """The prompt's vectors (n, d) from trained vectors e (n, d) and an encoder."""
-
-    def __init__(self, method: PTuning, n: int, d: int) -> None:
-        super().__init__()
-        h = method.hidden_size or d
-        self.embedding = nn.Parameter(torch.randn(n, d))
-        self.lstm: nn.LSTM | None = None
-        if method.encoder == "lstm":
-            self.lstm = nn.LSTM(d, h, method.num_layers, dropout=method.dropout, bidirectional=True, batch_first=True)
-            self.mlp = nn.Sequential(nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d))
-        else:
-            self.mlp = nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d))
-
-    def forward(self) -> Tensor:
-        """(n, d)."""
-        hidden: Tensor = self.embedding
-        if self.lstm is not None:
-            hidden = self.lstm(hidden.unsqueeze(0))[0].squeeze(0)
-        output: Tensor = self.mlp(hidden)
-        return output

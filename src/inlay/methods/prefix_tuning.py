@@ -14,14 +14,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from inlay.engine.piece import Method, Piece, take
+from inlay.engine.piece import Method, Piece
 from inlay.engine.prompts import attention_sites as places
-from inlay.engine.prompts.attention import PositionShift, PrefixAttention, switch_off, switch_on
+from inlay.engine.prompts.attention import PositionShift, PrefixAttention
 from inlay.engine.prompts.entry import arguments_of, encoder_of
-from inlay.errors import CheckpointError, ConfigError, UnsupportedError
+from inlay.errors import ConfigError, UnsupportedError
+from inlay.pieces.prompts import files
+from inlay.pieces.prompts.attending import AttendingMethod
 from inlay.pieces.prompts.prefix_source import prefix_sources
 from inlay.pieces.prompts.transfer import Transfer
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefixTuning(Transfer):
+class PrefixTuning(Transfer, AttendingMethod):
     """n trained keys and values in each self-attention. Parameters: n · Σ over layers of (d_k + d_v) · key-value heads;
     reparametrised (d: hidden size, m: projection_size): n·d + m(d + 1) + (m + 1) · Σ (d_k + d_v) · key-value heads.
 
@@ -114,15 +115,6 @@ class PrefixTuning(Transfer):
                 pieces.append((by_path[path], shift))
         return pieces + self.recorder(model, by_path[""])
 
-    def on_attach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
-        """Have the attentions' configs name the function that knows prefixes."""
-        placed = _prefixes(pieces)
-        switch_on([piece for _, piece in placed], [site for site, _ in placed])
-
-    def on_detach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
-        """Give the configs back their names."""
-        switch_off(model, [piece for _, piece in _prefixes(pieces)])
-
     def for_file(self) -> Method:
         """The method as a file describes it: how the prefix started no longer matters."""
         return self.replace(init="random", text=None, tokenizer=None, init_from=None, init_weights=None)
@@ -131,35 +123,13 @@ class PrefixTuning(Transfer):
 
     def export(self, pieces: Sequence[tuple[Site, Piece]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """`prompt_embeddings`: (n, all layers' keys and values); in the second file, what projects them."""
-        placed = _prefixes(pieces)
-        extra = {
-            f"{number}.{name}": tensor
-            for number, (_, piece) in enumerate(placed)
-            for name, tensor in piece.source.state_dict(keep_vars=True).items()
-            if self.projection_size is not None
-        }
-        with torch.no_grad():
-            return {"prompt_embeddings": torch.cat([piece.source() for _, piece in placed], dim=-1)}, extra
+        return files.prefix_tensors(files.prefixes(pieces), self.projection_size is not None)
 
     def import_(
         self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]
     ) -> None:
         """Take the prefix, or what projects it, from the files."""
-        placed = _prefixes(pieces)
-        expected, more = self.export(pieces)
-        stored = take(tensors, "prompt_embeddings", expected["prompt_embeddings"].shape)
-        if self.projection_size is not None:
-            if not extra:
-                raise CheckpointError(
-                    "the second file, with the projection behind the prefix, is missing: load with it"
-                )
-            with torch.no_grad():
-                for name, parameter in more.items():
-                    parameter.copy_(take(extra, name, parameter.shape))
-            return
-        parts = torch.split(stored, [piece.source().shape[1] for _, piece in placed], dim=-1)
-        for (_, piece), part in zip(placed, parts, strict=True):
-            piece.source.take(part)  # type: ignore[operator]
+        files.take_prefix(files.prefixes(pieces), self.projection_size is not None, tensors, extra)
 
     def to_peft(self, sites: Sequence[Site], index: SiteIndex) -> dict[str, Any]:
         """peft's PrefixTuningConfig; UnsupportedError for what it has no fields for."""
@@ -203,12 +173,5 @@ class PeftHalves(PrefixTuning):
         self, pieces: Sequence[tuple[Site, Piece]], tensors: dict[str, Tensor], extra: dict[str, Tensor]
     ) -> None:
         """Take the slots in peft's order."""
-        stored, layers = tensors.get("prompt_embeddings"), len(_prefixes(pieces))
-        if stored is not None and stored.ndim == 2 and stored.shape[1] % layers == 0:
-            slots = stored.view(stored.shape[0], layers, -1)
-            tensors["prompt_embeddings"] = slots[:, [2 * layer % layers for layer in range(layers)]].flatten(1)
+        files.from_slots(tensors, len(files.prefixes(pieces)))
         super().import_(pieces, tensors, extra)
-
-
-def _prefixes(pieces: Sequence[tuple[Site, Piece]]) -> list[tuple[Site, PrefixAttention]]:
-    return [(site, piece) for site, piece in pieces if isinstance(piece, PrefixAttention)]

@@ -23,6 +23,7 @@ from inlay.engine.prompts.calls import Combine
 from inlay.engine.prompts.entry import peft_fields, prompt_of, prompt_pieces, prompt_sites, take_prompt
 from inlay.engine.prompts.virtual_tokens import Prompt
 from inlay.errors import ConfigError, UnsupportedError
+from inlay.pieces.prompts.checks import check_counts, check_entry
 from inlay.pieces.prompts.saved import starting_vectors
 from inlay.pieces.prompts.start import Init, initial_prompt
 from inlay.pieces.prompts.transfer import Transfer
@@ -66,19 +67,14 @@ class PromptTuning(Transfer):
     """What an ensemble averages: "logits" or "log_probabilities"."""
 
     def __post_init__(self) -> None:
-        for name in ("num_virtual_tokens", "ensemble"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{type(self).__name__}({name}={getattr(self, name)}): it must be 1 or more")
+        check_counts(self, "num_virtual_tokens", "ensemble")
         choices = {"position": ("prepended", "added"), "combine": ("logits", "log_probabilities")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
                     f"{type(self).__name__}({name}={getattr(self, name)!r}): choose {' or '.join(allowed)}"
                 )
-        if self.targets is not None or self.exclude is not None or self.layers is not None or self.overrides:
-            raise ConfigError(
-                f"{type(self).__name__} sits at the model's entry: it has no targets, layers or overrides"
-            )
+        check_entry(self)
         if self.init_from is not None and (self.init or self.text or self.labels):
             raise ConfigError(
                 f"{type(self).__name__}(init_from={self.init_from!r}) and another start: keep one of them"

@@ -19,9 +19,8 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from inlay.engine.piece import Method, Piece
+from inlay.engine.piece import Piece
 from inlay.engine.prompts import attention_sites as places
-from inlay.engine.prompts.attention import switch_off, switch_on
 from inlay.engine.sites import Site, SiteIndex
 from inlay.errors import ConfigError
 from inlay.methods.adapter import Adapter
@@ -30,6 +29,7 @@ from inlay.methods.prefix_tuning import PrefixTuning
 from inlay.pieces.bottlenecks.bottleneck import AfterPiece, TwicePiece
 from inlay.pieces.bottlenecks.gated import GatedBottleneck, GatedLoRA, GatedPrefix, place_of
 from inlay.pieces.encoder_blocks import Block, encoder_blocks
+from inlay.pieces.prompts.attending import AttendingMethod
 from inlay.pieces.prompts.prefix_source import prefix_sources
 from inlay.pieces.real_tokens import Gate, Real, TellsReal
 
@@ -37,7 +37,7 @@ PARTS = ("lora", "prefix", "adapter")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UniPELT(Method):
+class UniPELT(AttendingMethod):
     """LoRA on query and value, a prefix in the attention and an adapter after the network, each opened by a gate."""
 
     kind = "unipelt"
@@ -125,10 +125,3 @@ class UniPELT(Method):
                 network = GatedBottleneck(one.width, width, one.width, self.adapter, one.network, real)
                 made.append((one.network, (TwicePiece if one.network.kind == "norm" else AfterPiece)(network)))
         return made
-
-    def on_attach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
-        placed = [(site, piece) for site, piece in pieces if isinstance(piece, GatedPrefix)]
-        switch_on([piece for _, piece in placed], [site for site, _ in placed])
-
-    def on_detach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
-        switch_off(model, [piece for _, piece in pieces if isinstance(piece, GatedPrefix)])

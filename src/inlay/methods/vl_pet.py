@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -30,16 +30,7 @@ from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.sub_layers import SubLayers
 from inlay.engine.trained_copy import copies
 from inlay.errors import ConfigError, UnsupportedError
-from inlay.pieces.bottlenecks.bottleneck import EnterPiece, ScopePiece
-from inlay.pieces.bottlenecks.granular_gate import (
-    VARIANTS,
-    GateLeavePiece,
-    GatePiece,
-    GranularGate,
-    refuse_causal,
-    sub_layer_widths,
-    value_adapter,
-)
+from inlay.pieces.bottlenecks.granular_gate import VARIANTS, gated, refuse_causal, value_adapter
 from inlay.pieces.real_tokens import Real, TellsReal
 
 
@@ -119,14 +110,8 @@ class VLPET(Method):
             if block is not None and block not in reals:
                 reals[block] = Real()
                 made.append((layers.named[block], TellsReal(reals[block], layers.named[block].module)))
-            pair = layers.pair(site) if self.targets is None and site.kind == "linear" else None
-            if pair is None:
-                into, out = layers.widths(site) if self.targets is not None else sub_layer_widths(site, layers)
-                gate: Any = GranularGate(into, out, self, site, reals.get(block))
-                made.append((site, GatePiece(gate)))
-            else:
-                gate = GranularGate(pair.first.in_features, site.out_features, self, site, reals.get(block))
-                made += [(pair.holder, ScopePiece(gate)), (pair.first, EnterPiece(gate)), (site, GateLeavePiece(gate))]
+            paired = self.targets is None and site.kind == "linear"
+            made += gated(self, site, layers, reals.get(block), paired)
         return made + copies(site for site in sites if site.kind == "parameter")
 
     def file_key(self, site: Site, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -26,6 +27,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 INITS = ("zero_up", "bert", "houlsby")
+
+
+@dataclasses.dataclass(frozen=True)
+class BottleneckFields:
+    """What `Bottleneck` reads of a method, for methods whose own fields are others."""
+
+    activation: str
+    dropout: float = 0.0
+    scale: float = 1.0
+    init: str = "bert"
 
 
 class Bottleneck(nn.Module):

@@ -11,17 +11,25 @@ x is what goes into the sub-layer, h what comes out of it, and h′ = h + A(h).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
 from inlay.engine.sub_layers import SubLayers
 from inlay.errors import UnsupportedError
-from inlay.pieces.bottlenecks.bottleneck import AdapterPiece, BesidePiece, Bottleneck, first_of
+from inlay.pieces.bottlenecks.bottleneck import (
+    AdapterPiece,
+    BesidePiece,
+    Bottleneck,
+    BottleneckFields,
+    EnterPiece,
+    ScopePiece,
+    first_of,
+)
 from inlay.pieces.bottlenecks.gated import place_of
 from inlay.pieces.encoder_blocks import causal
 from inlay.pieces.real_tokens import Real, mean_over_text
@@ -72,10 +80,9 @@ class GranularGate(nn.Module):
         return self.scale * gate * adapted
 
 
-def bottleneck_fields(method: Any) -> Any:
+def bottleneck_fields(method: Any) -> BottleneckFields:
     """What `Bottleneck` asks of a method."""
-    init = {"zero_up": "zero_up", "authors": "bert"}[method.init]
-    return SimpleNamespace(activation="gelu_new", dropout=0.0, scale=1.0, init=init)
+    return BottleneckFields("gelu_new", init={"zero_up": "zero_up", "authors": "bert"}[method.init])
 
 
 def value_adapter(method: Any, site: Site) -> BesidePiece:
@@ -129,3 +136,15 @@ class GateLeavePiece(AdapterPiece):
     def forward(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         x, self.bottleneck.hidden = self.bottleneck.hidden, None
         return self.bottleneck(x, inner(*args, **kwargs))
+
+
+def gated(method: Any, site: Site, layers: SubLayers, real: Real | None, paired: bool) -> list[tuple[Site, Piece]]:
+    """The pieces on one sub-layer; a network that is no module of its own (`paired`) has one at each projection."""
+    pair = layers.pair(site) if paired else None
+    gate: Any
+    if pair is None:
+        into, out = layers.widths(site) if method.targets is not None else sub_layer_widths(site, layers)
+        gate = GranularGate(into, out, method, site, real)
+        return [(site, GatePiece(gate))]
+    gate = GranularGate(pair.first.in_features, site.out_features, method, site, real)
+    return [(pair.holder, ScopePiece(gate)), (pair.first, EnterPiece(gate)), (site, GateLeavePiece(gate))]

@@ -1,0 +1,1 @@
+"""What multiplies the activations: scales and rotations."""

@@ -1,0 +1,24 @@
+"""What all methods that train prompts check of their fields."""
+
+from __future__ import annotations
+
+from inlay.engine.piece import Method
+from inlay.errors import ConfigError
+
+
+def check_counts(method: Method, *names: str, optional: str | None = None) -> None:
+    """Raise ConfigError for a field that is no whole number of at least 1; `optional`: one that may also be None."""
+    if optional is not None and getattr(method, optional) is not None:
+        names = (*names, optional)
+    for name in names:
+        value = getattr(method, name)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{type(method).__name__}({name}={value}): it must be 1 or more")
+
+
+def check_entry(method: Method) -> None:
+    """Raise ConfigError where a method that sits at the model's entry is told another place."""
+    if method.targets is not None or method.exclude is not None or method.layers is not None or method.overrides:
+        raise ConfigError(
+            f"{type(method).__name__} sits at the model's entry: it has no targets, layers or overrides"
+        )

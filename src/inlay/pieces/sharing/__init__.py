@@ -1,0 +1,1 @@
+"""What the places of a model share: frozen random bases, trained vectors."""
