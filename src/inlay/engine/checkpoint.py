@@ -26,7 +26,7 @@ from inlay.engine import codes, files
 from inlay.engine.fingerprint import compare, fingerprint
 from inlay.engine.peft_names import ambiguous, as_peft_writes, brought_parameters, prefixed, shortest_names
 from inlay.engine.piece import Method
-from inlay.engine.registry import all_methods, make_method
+from inlay.engine.registry import all_methods, make_method, over_adapters
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.tensor_file import owned
 from inlay.engine.trained_copy import ModulesToSave
@@ -325,7 +325,9 @@ def _fields(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _from_peft(config: Mapping[str, Any], folder: Path) -> list[Method]:
     kind = config.get("peft_type")
     readers: dict[str, Callable[[Mapping[str, Any]], Sequence[Method]]] = {
-        cls.peft_type: cls.from_peft for cls in all_methods() if cls.peft_type and "peft_type" in cls.__dict__
+        cls.peft_type: cls.from_peft
+        for cls in (*all_methods(), *over_adapters())
+        if cls.peft_type and "peft_type" in cls.__dict__
     }
     if kind not in readers:
         raise CheckpointError(

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from inlay.engine.catalogue import kinds, module_of
+from inlay.engine.catalogue import combining, kinds, module_of
 from inlay.engine.piece import KINDS, Method
 from inlay.errors import ConfigError, did_you_mean
 
@@ -26,6 +26,11 @@ def method_class(kind: str) -> type[Method]:
 def all_methods() -> list[type[Method]]:
     """Every method, in the order of their kinds. Imports them all."""
     return [method_class(kind) for kind in kinds()]
+
+
+def over_adapters() -> list[type[Method]]:
+    """Every method over other adapters, in the order of their kinds. Imports them all."""
+    return [method_class(kind) for kind in combining()]
 
 
 def make_method(kind: str, fields: Mapping[str, Any] | None = None) -> Method:

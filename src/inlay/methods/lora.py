@@ -5,7 +5,8 @@
 
 A (r, in), B (out, r); B starts at zero, so the model starts as the base. OLoRA (Büyükakyüz 2024, arXiv:2406.01775) and
 PiSSA (Meng et al. 2024, arXiv:2404.02948) start from factors of W itself; here their starting product is subtracted in
-the piece, never from the base: y = W x + s · (B A − B₀ A₀) x.
+the piece, never from the base: y = W x + s · (B A − B₀ A₀) x. EVA (Paischer et al. 2024, arXiv:2410.07170),
+CorDA (Yang et al. 2024, arXiv:2406.05223) and LoRA-GA (Wang et al. 2024, arXiv:2407.05000) look at rows first.
 
 Parameters: r · (in + out) for each linear.
 """
@@ -26,11 +27,12 @@ from inlay.engine.registry import all_methods
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import copies
 from inlay.errors import ConfigError, UnsupportedError
+from inlay.pieces.lora.data_start import DATA_INITS, DataStart, data_start, is_from_data, is_subtracted, prepared
 from inlay.pieces.lora.piece import LoRAPiece
 from inlay.pieces.lora.quantised_start import is_quantised, plain_weights_of
 from inlay.pieces.lora.start import INITS
 
-Init = Literal["kaiming", "gaussian", "orthogonal", "olora", "pissa", "loftq", "random"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "olora", "pissa", "loftq", "random", "eva", "corda", "lora_ga"]
 NOT_HERE = ("use_qalora", "layer_replication", "arrow_config", "monteclora_config",
             "megatron_config")  # fmt: skip
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -57,9 +59,9 @@ class LoRA(Method):
     """Probability of zeroing an entry of x before A, in training."""
     rank_stabilised: bool = False
     """s = alpha / √r instead of alpha / r."""
-    init: Init = "kaiming"
+    init: Init | Mapping[str, Any] | DataStart = "kaiming"
     """How A and B start: kaiming or gaussian A with B = 0; orthogonal (B A = 0); olora (QR of W); pissa (SVD of W);
-    loftq (SVD of what quantising W lost)."""
+    loftq (SVD of what quantising W lost); eva, corda, lora_ga (from training rows), or {"kind": "eva", "rho": 1}."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Train biases of the base too: every one in the model, or those of the adapted modules."""
     lora_bias: bool = False
@@ -77,12 +79,26 @@ class LoRA(Method):
             raise ConfigError(f"{name}(alpha={self.alpha!r}): a number above 0 is needed, such as 16")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ConfigError(f"{name}(dropout={self.dropout!r}): a probability in [0, 1) is needed")
-        if self.init not in INITS:
-            raise ConfigError(f"{name}(init={self.init!r}): choose one of {', '.join(INITS)}")
+        self._check_init()
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f"{name}(bias={self.bias!r}): choose one of none, all, lora_only")
         if self.precision not in ("model", "exact"):
             raise ConfigError(f"{name}(precision={self.precision!r}): choose one of model, exact")
+
+    def _check_init(self) -> None:
+        """Raise ConfigError for an `init` that is none; LoRA's variants start from no data."""
+        name, inits = type(self).__name__, (*INITS, *DATA_INITS) if self.kind == "lora" else INITS
+        if self.kind == "lora" and is_from_data(self.init):
+            data_start(self.init)
+        elif self.init not in inits:
+            raise ConfigError(f"{name}(init={self.init!r}): choose one of {', '.join(inits)}")
+        for pattern, fields in self.overrides.items():
+            given = fields.get("init")
+            if is_from_data(given) and not is_from_data(self.init):
+                raise ConfigError(
+                    f"{name}: the override {pattern!r} starts from data, which all places do or none: give init there, "
+                    "and override it where another is wanted"
+                )
 
     @property
     def scale(self) -> float:
@@ -119,6 +135,14 @@ class LoRA(Method):
                 f"which is {most[site]} at {site.name} and no more elsewhere; choose r from 1 to {most[site]}"
             )
 
+    @property
+    def wants_data(self) -> bool:
+        return is_from_data(self.init) and data_start(self.init).found is None
+
+    def prepare(self, model: nn.Module, batches: Any) -> Method:
+        """This method with A and B, and the ranks, that its `init` found in batches of the training rows."""
+        return cast("LoRA", prepared(self, model, batches)) if is_from_data(self.init) else self
+
     # -- files -------------------------------------------------------------------------------------------------------
 
     def export(self, pieces: Sequence[tuple[Site, Piece]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -136,9 +160,12 @@ class LoRA(Method):
             named = piece.file_tensors().items()
             yield piece, {f"base_model.model.{path}.{name or site.parameter}": (name, own) for name, own in named}
 
+    def for_file(self) -> Method:
+        return self.replace(init=data_start(self.init).kind) if is_from_data(self.init) else self
+
     def peft_rank_and_alpha(self) -> tuple[int, float]:
         """r and alpha as the file has them: factors of W take twice the rank there, at the same scale."""
-        if self.init not in ("olora", "pissa"):
+        if not is_subtracted(self.init):
             return self.r, self.alpha
         return 2 * self.r, self.alpha * (math.sqrt(2) if self.rank_stabilised else 2)
 

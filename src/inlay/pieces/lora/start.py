@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from inlay.engine.checkpoint import LOADING
 from inlay.engine.piece import trainable_dtype
 from inlay.engine.sites import Site
 from inlay.errors import ConfigError, UnsupportedError
+from inlay.pieces.lora.data_start import data_start, is_from_data, is_subtracted
 from inlay.pieces.lora.quantised_start import is_quantised, largest_part, what_was_lost
 
 INITS = ("kaiming", "gaussian", "orthogonal", "olora", "pissa", "loftq", "random")
@@ -35,7 +37,7 @@ def factor_shapes(r: int, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]
     return (r, site.in_features), (site.out_features, r)
 
 
-def initial_factors(r: int, init: str, site: Site, scale: float) -> tuple[Tensor, Tensor, bool]:
+def initial_factors(r: int, init: Any, site: Site, scale: float) -> tuple[Tensor, Tensor, bool]:
     """A and B, and whether their product must be kept and subtracted because it is not zero.
 
     "kaiming" draws A uniformly from ±1/√in and leaves B zero; for tables A is zero and B from N(0, 1). So does HF peft.
@@ -44,8 +46,12 @@ def initial_factors(r: int, init: str, site: Site, scale: float) -> tuple[Tensor
     dtype, device = trainable_dtype(site.weight.dtype), site.weight.device
     a = torch.empty(shape_a, dtype=dtype, device=device)
     if LOADING.get():  # a file is about to fill them
-        return a, torch.empty(shape_b, dtype=dtype, device=device), init in ("olora", "pissa")
+        return a, torch.empty(shape_b, dtype=dtype, device=device), is_subtracted(init)
     b = torch.zeros(shape_b, dtype=dtype, device=device)
+    if is_from_data(init):
+        found_a, found_b = data_start(init).factors(site, r)
+        b = b if found_b is None else found_b.to(device, dtype, copy=True)
+        return found_a.to(device, dtype, copy=True), b, is_subtracted(init)
     if init == "loftq":
         if is_quantised(site.weight):
             _check_rank(r, init, site, site.weight.quant_state.shape)  # type: ignore[attr-defined]

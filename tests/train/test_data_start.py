@@ -1,0 +1,63 @@
+"""LoRA that starts from the run's own rows: found before training, written with the adapter, not looked for again."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from inlay import LoRA
+from inlay.train import Interrupted, Run, train
+from inlay.train.callbacks import Curve
+from inlay.train.prepare import prepare, training_batches
+
+METHOD = {"kind": "lora", "r": 2, "targets": "query,ffn.down", "init": {"kind": "eva", "rho": 2, "batches": 2}}
+
+
+def saved(run: Run) -> dict[str, Tensor]:
+    return load_file(Path(run.out) / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_starts_from_its_own_rows(make_run: Callable[..., Run]) -> None:
+    ready = prepare(make_run(method=METHOD), show=False)
+    (bare,), (shown,) = ready.methods, prepare(make_run(method=METHOD)).methods
+    assert isinstance(bare, LoRA)
+    assert bare.wants_data
+    assert isinstance(shown, LoRA)
+    expected: Any = bare.prepare(ready.model, list(training_batches(ready)())[:2])
+    assert shown.overrides == expected.overrides
+    found: Any = shown.init
+    assert found.found.keys() == expected.init.found.keys()
+    assert all(torch.equal(a, expected.init.found[name][0]) for name, (a, _) in found.found.items())
+
+
+def test_a_resumed_run_does_not_look_again(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"max_steps": 4, "eval_strategy": "no", "save_strategy": "no"}
+    whole, broken = (make_run(name, method=METHOD, train=settings) for name in ("whole", "broken"))
+    train(whole, progress=False)
+    with monkeypatch.context() as patch:
+        original = Curve.on_step_end
+
+        def on_step_end(self: Curve, args: Any, state: Any, control: Any, **around: Any) -> None:
+            original(self, args, state, control, **around)
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        patch.setattr(Curve, "on_step_end", on_step_end)
+        with pytest.raises(Interrupted):
+            train(broken, progress=False)
+
+    def never(*_: object) -> None:
+        raise AssertionError("the start is in the checkpoint")
+
+    monkeypatch.setattr(LoRA, "prepare", never)
+    train(broken, resume=True, progress=False)
+    assert saved(broken).keys() == saved(whole).keys()
+    assert all(torch.equal(saved(broken)[key], value) for key, value in saved(whole).items())
