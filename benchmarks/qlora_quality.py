@@ -32,6 +32,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from _batches import of_like_length
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -111,7 +112,9 @@ def run(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=SETTINGS["learning_rate"], weight_decay=SETTINGS["weight_decay"])
     order = torch.Generator().manual_seed(seed)
-    batches = [batch for _ in range(SETTINGS["epochs"]) for batch in shuffled(data["train"], order)][:steps]
+    size = SETTINGS["batch_size"]
+    epochs = [of_like_length(data["train"], size, order) for _ in range(SETTINGS["epochs"])]
+    batches = [batch for epoch in epochs for batch in epoch][:steps]
     schedule = get_linear_schedule_with_warmup(optimizer, int(SETTINGS["warmup"] * len(batches)), len(batches))
     model.train()
     torch.manual_seed(seed)
@@ -133,17 +136,6 @@ def run(
         "test": accuracy(model, tokenizer, data["test"], positive),
         "last_loss": statistics.fmean(losses[-20:]), "cpu_seconds": round(seconds, 1),
     }  # fmt: skip
-
-
-def shuffled(train: list[dict[str, str]], order: torch.Generator) -> list[list[dict[str, str]]]:
-    """Random batches of rows of like length (sorted within random groups of 20 batches), so that little is padding."""
-    size = SETTINGS["batch_size"]
-    mixed = [train[i] for i in torch.randperm(len(train), generator=order).tolist()]
-    made: list[list[dict[str, str]]] = []
-    for first in range(0, len(mixed), 20 * size):
-        group = sorted(mixed[first : first + 20 * size], key=lambda row: len(row["text"]))
-        made += [group[start : start + size] for start in range(0, len(group) - size + 1, size)]
-    return [made[i] for i in torch.randperm(len(made), generator=order).tolist()]
 
 
 def encode(tokenizer: Any, batch: list[dict[str, str]], positive: str) -> dict[str, torch.Tensor]:

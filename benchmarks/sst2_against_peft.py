@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _batches import of_like_length
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
@@ -71,7 +72,7 @@ def run(library: str, seed: int, data: dict[str, list[dict[str, str]]]) -> dict[
     torch.manual_seed(seed)
     start, processor = time.time(), time.process_time()
     for _ in range(SETTINGS["epochs"]):
-        for batch in batches(data["train"], order):
+        for batch in of_like_length(data["train"], SETTINGS["batch_size"], order):
             loss = model(**encode(tokenizer, batch)).loss
             loss.backward()
             optimizer.step()
@@ -88,17 +89,6 @@ def run(library: str, seed: int, data: dict[str, list[dict[str, str]]]) -> dict[
         "cpu_seconds": round(processor, 1),
         "last_loss": float(loss),
     }
-
-
-def batches(train: list[dict[str, str]], order: torch.Generator) -> list[list[dict[str, str]]]:
-    """Random batches of rows of like length (sorted within random groups of 20 batches), so that little is padding."""
-    size = SETTINGS["batch_size"]
-    shuffled = [train[i] for i in torch.randperm(len(train), generator=order).tolist()]
-    made: list[list[dict[str, str]]] = []
-    for first in range(0, len(shuffled), 20 * size):
-        group = sorted(shuffled[first : first + 20 * size], key=lambda row: len(row["text"]))
-        made += [group[start : start + size] for start in range(0, len(group) - size + 1, size)]
-    return [made[i] for i in torch.randperm(len(made), generator=order).tolist()]
 
 
 def encode(tokenizer: Any, batch: list[dict[str, str]]) -> dict[str, torch.Tensor]:

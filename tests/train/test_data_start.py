@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from train.test_resume import press_ctrl_c_at, same_adapters
 
 from inlay import LoRA
 from inlay.train import Interrupted, Run, train
-from inlay.train.callbacks import Curve
 from inlay.train.prepare import prepare, training_batches
 
 METHOD = {"kind": "lora", "r": 2, "targets": "query,ffn.down", "init": {"kind": "eva", "rho": 2, "batches": 2}}
-
-
-def saved(run: Run) -> dict[str, Tensor]:
-    return load_file(Path(run.out) / "adapter" / "adapter_model.safetensors")
 
 
 def test_a_run_starts_from_its_own_rows(make_run: Callable[..., Run]) -> None:
@@ -43,14 +34,7 @@ def test_a_resumed_run_does_not_look_again(make_run: Callable[..., Run], monkeyp
     whole, broken = (make_run(name, method=METHOD, train=settings) for name in ("whole", "broken"))
     train(whole, progress=False)
     with monkeypatch.context() as patch:
-        original = Curve.on_step_end
-
-        def on_step_end(self: Curve, args: Any, state: Any, control: Any, **around: Any) -> None:
-            original(self, args, state, control, **around)
-            if state.global_step == 2:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        patch.setattr(Curve, "on_step_end", on_step_end)
+        press_ctrl_c_at(patch, 2)
         with pytest.raises(Interrupted):
             train(broken, progress=False)
 
@@ -59,5 +43,4 @@ def test_a_resumed_run_does_not_look_again(make_run: Callable[..., Run], monkeyp
 
     monkeypatch.setattr(LoRA, "prepare", never)
     train(broken, resume=True, progress=False)
-    assert saved(broken).keys() == saved(whole).keys()
-    assert all(torch.equal(saved(broken)[key], value) for key, value in saved(whole).items())
+    assert same_adapters(broken, whole)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from train.test_resume import press_ctrl_c_at, same_adapters
 
 import inlay
 from inlay.errors import ConfigError
 from inlay.pieces.subsets.subset import Subset
 from inlay.train import Interrupted, Run, check, train
-from inlay.train.callbacks import Curve
 from inlay.train.prepare import prepare, training_batches
 
 SPARSE = {"kind": "sparse", "budget": 40, "batches": 2}
@@ -74,14 +71,7 @@ def test_a_resumed_run_goes_on_with_the_entries_that_were_chosen(
     whole, broken = (make_run(name, method=SPARSE, train=settings) for name in ("whole", "broken"))
     train(whole, progress=False)
     with monkeypatch.context() as patch:
-        original = Curve.on_step_end
-
-        def on_step_end(self: Curve, args: Any, state: Any, control: Any, **around: Any) -> None:
-            original(self, args, state, control, **around)
-            if state.global_step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        patch.setattr(Curve, "on_step_end", on_step_end)
+        press_ctrl_c_at(patch, 3)
         with pytest.raises(Interrupted):
             train(broken, progress=False)
 
@@ -90,7 +80,7 @@ def test_a_resumed_run_goes_on_with_the_entries_that_were_chosen(
 
     monkeypatch.setattr(inlay.SparseDelta, "prepare", never)
     train(broken, resume=True, progress=False)
-    assert all(torch.equal(saved(broken)[key], value) for key, value in saved(whole).items())
+    assert same_adapters(broken, whole)
 
 
 def test_a_choice_made_before_is_named_by_its_file(make_run: Callable[..., Run], tmp_path: Path) -> None:
