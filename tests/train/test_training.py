@@ -196,6 +196,23 @@ def test_convert_writes_what_both_libraries_read(trained: Record, tmp_path: Path
     assert load_file(tmp_path / "renamed" / "adapter_model.safetensors").keys() == before.keys()
 
 
+def test_a_run_with_a_head_of_its_own_is_quantised_with_the_base(
+    make_run: Callable[..., Run], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Three labels: the base's own config has two, and only the run's task knows."""
+    three = [{"text": "good", "label": "a"}, {"text": "bad", "label": "b"}, {"text": "so", "label": "c"}] * 4
+    data = tmp_path / "three"
+    data.mkdir()
+    for split in ("train", "validation"):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in three))
+    run = make_run(data=str(data), train={"max_steps": 2})
+    train(run, progress=False)
+    convert(run.out, tmp_path / "codes", model=str(tiny_model), quantise="nf4")
+    stored = json.loads((tmp_path / "codes" / "adapter_config.json").read_text())
+    assert stored["auto_mapping"]["inlay"]["quantised"]["kind"] == "nf4"
+
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor
 from inlay.engine import checkpoint, files
 from inlay.errors import CheckpointError, ConfigError
 from inlay.tasks.loading import quiet
+from inlay.tasks.task import Task
 from inlay.train.files import staged
+from inlay.train.record import TASK_FILE
 
 PREFIX = "base_model.model."
 AUTO = {
@@ -71,7 +74,7 @@ def convert(
             )
     with staged(out, "writing the adapter to") as beside:
         if model is not None:
-            base = _base(model, config)
+            base = _base(model, config, folder / TASK_FILE)
             checkpoint.load(base, folder)
             checkpoint.save(base, beside, quantise=quantise)
             for name in base_files(folder):
@@ -88,7 +91,7 @@ def convert(
 
 def base_files(folder: Path) -> list[str]:
     """Files beside an adapter that belong to it: the task, which says what the head's rows mean."""
-    return [name for name in ("task.json",) if (folder / name).is_file()]
+    return [name for name in (TASK_FILE,) if (folder / name).is_file()]
 
 
 def _prefixed(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
@@ -98,7 +101,10 @@ def _prefixed(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, T
     return {f"{PREFIX}{name}" if "." in name else name: tensor for name, tensor in tensors.items()}
 
 
-def _base(model: str, config: dict[str, Any]) -> Any:
+def _base(model: str, config: dict[str, Any], task: Path) -> Any:
+    """The base as the adapter's task has it, with as many labels; where it says no task, as its config has it."""
+    if task.is_file():
+        return Task.from_dict(json.loads(task.read_text(encoding="utf-8"))).load_model(model)
     kind = config.get("task_type") or (config.get("auto_mapping") or {}).get("base_model_class")
     fingerprint = checkpoint.own_entry(config).get("base") or {}
     loader = getattr(transformers, AUTO.get(str(kind), str(kind or fingerprint.get("class"))), transformers.AutoModel)
