@@ -19,10 +19,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "bdlora": {"r": 2, "blocks_in_a": ("place",)},
     "kasa": {"r": 2},
     "mica": {"r": 2},
+    "monteclora": {"r": 2, "num_samples": 3},
+    "qalora": {"r": 2, "group_size": 3},
     "velora": {"r": 2},
 }
 UNTARGETED = {"alora"}
-SYMBOLS = {"bdlora": {"n": 2}}
+SYMBOLS = {"bdlora": {"n": 2}, "qalora": {"n": 3}}
 
 
 def alora(kind: str) -> tuple[Tensor, Tensor]:
@@ -62,6 +64,15 @@ def mica(x: Tensor, w: Tensor, b: Tensor, lora_A: Tensor) -> Tensor:
     return F.linear(x, w + 16 / 2 * (least * signs) @ lora_A, b)
 
 
+def monteclora(x: Tensor, w: Tensor, b: Tensor, **t: Tensor) -> Tensor:
+    return F.linear(x, w + 16 / 2 * t["lora_B"] @ t["lora_A"], b)
+
+
+def qalora(x: Tensor, w: Tensor, b: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    sums = x.view(len(x), 2, 3).sum(-1)
+    return F.linear(x, w, b) + 16 / 2 * (sums @ lora_A.T @ lora_B.T)
+
+
 def velora(x: Tensor, w: Tensor, b: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     return F.linear(x, w, b) + 16 / 2 * (x @ lora_A.T @ lora_B.T)
 
@@ -72,6 +83,8 @@ ORACLES: dict[str, tuple[str, Callable[[str], tuple[Tensor, Tensor]]]] = {
 FORMULAS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "bdlora": ("W′ = W + s · B A, A or B block-diagonal", bdlora),
     "kasa": ("W′ = W − D + s · B diag(σ) A", kasa),
+    "monteclora": ("W′ = W + s · B A, A drawn around its mean in training", monteclora),
+    "qalora": ("y = W x + s · B A Q x, Q the sums of groups of inputs", qalora),
     "velora": ("y = W x + s · B (A x), dA from x̂", velora),
     "mica": ("W′ = W + s · B A, B frozen", mica),
 }

@@ -135,7 +135,12 @@ HOSTS: dict[str, list[Host]] = {
     "conv": [convolution(cls, number) for number, cls in enumerate(CONVOLUTIONS, 1)],
     "grouped conv": [convolution(cls, number, groups=2) for number, cls in enumerate(CONVOLUTIONS, 1)],
     "embedding": [
-        Host(lambda: Whole(nn.Embedding(11, 6)), (2, 5), sizes=({"d_in": 11, "d_out": 6, "d": 6},), vocabulary=11)
+        Host(
+            lambda: Whole(nn.Embedding(11, 6)),
+            (2, 5),
+            sizes=({"d_in": 11, "d_out": 6, "d": 6, "d_t": 6},),
+            vocabulary=11,
+        )
     ],
     "MultiheadAttention": [
         Host(

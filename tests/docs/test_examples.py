@@ -12,6 +12,7 @@ import pytest
 import typer.main
 
 import inlay
+import inlay.fewshot
 import inlay.train
 from inlay.cli import app, verbs
 from inlay.tasks.task import make_task
@@ -67,13 +68,15 @@ def test_command_lines_parse(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
         raise Called
 
     for verb in verbs.VERBS:
-        monkeypatch.setattr(inlay.train, verb.__name__, stop)
+        room = inlay.fewshot if verb.__name__ in ("fewshot", "explain") else inlay.train
+        monkeypatch.setattr(room, verb.__name__, stop, raising=room is inlay.train)
     for line in commands(page):
         arguments = shlex.split(line, comments=True)[1:]
         if "--resume" in arguments and "--out" in arguments:
             folder = Path(arguments[arguments.index("--out") + 1])
             folder.mkdir(parents=True)
             (folder / "run.yaml").write_text("model: bert-base-uncased\n", encoding="utf-8")
+            (folder / "fewshot.yaml").write_text("train: train.jsonl\n", encoding="utf-8")
         with pytest.raises(Called):
             app.run(arguments, debug=True)
             raise AssertionError(f"{line} ended without an error and without calling anything")

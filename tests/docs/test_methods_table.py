@@ -146,7 +146,11 @@ def counted(kind: str, host: Host, model: nn.Module) -> int:
     if kind in AFTER:  # one at the place as a whole; what goes in is what came out of it
         sizes = [{**one, "d_in": one["d_out"]} for one in (sizes if host.target == "mlp" else sizes[-1:])]
     symbols = {**SYMBOLS, **OWN_SYMBOLS.get(kind, {})}
-    return sum(evaluated(formula, {**symbols, **one, "d_l": one.get("d_out", 0)}) for one in sizes)
+    turned = [{"d_t": one.get("d_in", 0) * one.get("k", 1) // one.get("g", 1)} for one in sizes]
+    return sum(
+        evaluated(formula, {**symbols, **rows, **one, "d_l": one.get("d_out", 0)})
+        for one, rows in zip(sizes, turned, strict=True)
+    )
 
 
 def _sum(parameters: Mapping[str, Tensor]) -> int:

@@ -78,7 +78,7 @@ def test_the_names_that_columns_are_recognised_by() -> None:
     names = {role: tuple(name for name in found if name) for role, found in rows.items()}
     pairs = names.pop("`text`, `text_pair`")
     assert tuple(tuple(pair.split(" + ")) for pair in pairs) == columns.PAIRS
-    known = ("TEXT", "LABEL", "TOKENS", "TAGS", "SOURCE", "TARGET", "MESSAGES")
+    known = ("TEXT", "LABEL", "TOKENS", "TAGS", "SOURCE", "TARGET", "MESSAGES", "IMAGE", "AUDIO", "FEATURES")
     assert {role.strip("`"): found for role, found in names.items()} == {
         name.lower(): getattr(columns, name) for name in known
     }
@@ -109,6 +109,12 @@ CASES: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [
     ("masked-lm", 5, {"text": TEXTS}, {}),
     ("causal-lm", 6, {"text": TEXTS}, {}),
     ("seq2seq", 7, {"source": TEXTS, "target": TEXTS}, {"max_target_length": 4}),
+    (
+        "image-to-text",
+        10,
+        {"features": [[[0.5, 1.0]]] * 4, "source": TEXTS, "target": TEXTS},
+        {"max_target_length": 4},
+    ),
 ]
 
 
@@ -124,12 +130,13 @@ def test_metrics(
 ) -> None:
     row = table_of("tasks.md", "Kind")[number]
     assert codes(row[0]) == [kind]
-    folder = {"causal-lm": tiny_decoder, "seq2seq": tiny_translator}.get(kind, tiny_model)
+    known = {"causal-lm": tiny_decoder, "seq2seq": tiny_translator, "image-to-text": tiny_translator}
+    folder = known.get(kind, tiny_model)
     rows = Dataset.from_dict(cells)
     task = make_task(kind, max_length=16, **fields).resolve({"train": rows, "validation": rows})
     found = task.evaluate(task.load_model(folder), task.load_tokenizer(folder), rows)
     name, greater = task.primary_metric
-    if kind == "seq2seq":  # ROUGE and BLEU are there where their libraries are
+    if kind in ("seq2seq", "image-to-text"):  # ROUGE and BLEU are there where their libraries are
         assert set(found) <= set(codes(row[2]))
         assert {"loss", "exact_match"} <= set(found)
         assert name in (*codes(row[3]), "exact_match")

@@ -381,7 +381,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a rank beyond counting": (peft_only(r=10**30), "value that cannot be used"),
     "alpha null": (peft_only(lora_alpha=None), "alpha=None"),
     "ranks in a list": (peft_only(rank_pattern=[1]), "value that cannot be used"),
-    "a feature we lack": (peft_only(use_qalora=True), "uses use_qalora, which Inlay does not have"),
+    "a feature we lack": (peft_only(megatron_config={"fp16": True}), "uses megatron_config, which Inlay does not have"),
     "own entry emptied": (editing(lambda c: own(c).pop("methods")), "value that cannot be used"),
     "own entry of another kind": (editing(lambda c: own(c).update(methods=3)), "value that cannot be used"),
     "own method unknown": (editing(lambda c: own(c)["methods"][0].update(kind="lorra")), "'lorra'; did you mean"),

@@ -346,14 +346,14 @@ def test_a_block_without_two_halves_is_refused_by_variant_3() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"variant": 4}, "variant=4.*choose 1, 2 or 3"),
+        ({"variant": 4}, "variant=4.*choose one of 1, 2, 3"),
         ({"bottleneck": 0}, "bottleneck=0.*at least 1"),
         ({"keep_every": 1.5}, "keep_every=1.5.*whole number"),
         ({"lambda_": 0.0}, "lambda_=0.0.*positive"),
         ({"tolerance": -1.0}, "tolerance=-1.0.*positive"),
         ({"dropout": 1.0}, "dropout=1.0.*probability"),
         ({"activation": "gelo"}, "activation='gelo'.*choose one of relu"),
-        ({"compat": "peft"}, "compat='peft'.*choose 'authors'"),
+        ({"compat": "peft"}, "compat='peft'.*choose one of None, authors"),
         ({"compat": "authors", "beta": 0.5}, "compat='authors'.*leave them out"),
         ({"overrides": {"0": {"bottleneck": 2}}}, "no overrides"),
     ],

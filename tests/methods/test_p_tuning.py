@@ -16,7 +16,7 @@ import inlay
 from inlay import PrefixTuning, PTuning
 from inlay.engine.adapters import adapters_of
 from inlay.engine.prompts.entry import prompt_of
-from inlay.errors import CheckpointError, ConfigError
+from inlay.errors import BaseModelError, CheckpointError, ConfigError
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """The same sums over the same keys, in another order of rows."""
@@ -200,3 +200,62 @@ def test_compiling() -> None:
 def test_fields_that_cannot_be_used_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PTuning(**fields)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_prompt_starts_from_another(encoder: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    source = attached("bert", "masked", **ENCODERS[encoder])
+    inlay.save(source, tmp_path)
+    torch.manual_seed(2)
+    started = attached("bert", "masked", **ENCODERS[encoder], init_from=str(tmp_path))
+    for mine, there in zip(encoder_of(started).parameters(), encoder_of(source).parameters(), strict=True):
+        assert torch.equal(mine, there)
+        assert mine.requires_grad
+    assert torch.equal(started.eval()(TEXT).logits, source.eval()(TEXT).logits)
+    inlay.save(started, tmp_path / "again")  # which no longer needs its source
+    for file in tmp_path.glob("*.*"):
+        file.unlink()
+    again = inlay.load(host("bert", "masked"), tmp_path / "again")
+    assert torch.equal(again.eval()(TEXT).logits, started(TEXT).logits)
+
+
+def test_vectors_start_from_any_prompt_or_their_mean(tmp_path: Path) -> None:
+    vectors = []
+    for number, method in enumerate(
+        [PTuning(num_virtual_tokens=N, hidden_size=5), inlay.PromptTuning(num_virtual_tokens=N)]
+    ):
+        source = inlay.attach(host("bert", "masked"), method, modules_to_save=[])
+        inlay.save(source, tmp_path / str(number))
+        vectors.append(encoder_of(source)().detach())
+    folders = [str(tmp_path / "0"), str(tmp_path / "1")]
+    mean = attached("bert", "masked", encoder=None, init_from=folders, init_weights=[3, 1])
+    torch.testing.assert_close(encoder_of(mean)(), (3 * vectors[0] + vectors[1]) / 4, **CLOSE)
+
+
+def test_deep_prompts_start_from_prefixes(tmp_path: Path) -> None:
+    source = inlay.attach(host("bert", "masked"), PrefixTuning(num_virtual_tokens=N), modules_to_save=[])
+    inlay.save(source, tmp_path)
+    started = attached("bert", "masked", deep=True, init_from=str(tmp_path))
+    assert torch.equal(started.eval()(TEXT).logits, source.eval()(TEXT).logits)
+
+
+def test_starts_that_cannot_be(tmp_path: Path) -> None:
+    inlay.save(attached("bert", "masked", hidden_size=5), tmp_path / "mlp")
+    inlay.save(attached("gpt2", "causal", encoder=None), tmp_path / "none")
+    inlay.save(attached("bert", "masked", encoder=None), tmp_path / "bert")
+    mlp = str(tmp_path / "mlp")
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"init_from": str(tmp_path / "bert")}, ConfigError, "has encoder=None and 'mlp' is needed: .*or encoder=None"),
+        ({"init_from": mlp, "encoder": "lstm"}, ConfigError, "has encoder='mlp' and 'lstm' is needed"),
+        ({"init_from": mlp, "hidden_size": 6}, ConfigError, "has encoder='mlp' of other sizes: set"),
+        ({"init_from": [mlp, mlp]}, ConfigError, "encoders have no mean; name one folder"),
+        ({"init_from": []}, ConfigError, "name at least one folder"),
+        ({"init_weights": [1, 2]}, ConfigError, "needs init_from="),
+        ({"init_from": str(tmp_path / "none")}, BaseModelError, "made for another base model"),
+        ({"init_from": mlp, "deep": True, "encoder": None}, ConfigError, "a prefix .* is needed here"),
+        ({"init_from": mlp, "deep": True, "encoder": None, "hidden_size": 5}, ConfigError, "has no inverse"),
+    ]
+    for fields, error, message in cases:
+        with pytest.raises(error, match=message):
+            attached("bert", "masked", **fields)

@@ -114,6 +114,10 @@ CASES: dict[str, tuple[str, inlay.Method, Callable[[], peft.PeftConfig]]] = {
         "gpt2", inlay.TinyLoRA(u=7, targets="c_attn,c_fc"),
         partial(peft.TinyLoraConfig, u=7, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
     ),
+    "tinylora, embedding": (
+        "bert", inlay.TinyLoRA(r=3, u=7, targets="query,word_embeddings", weight_tying=0.5),
+        partial(peft.TinyLoraConfig, r=3, u=7, target_modules=["query", "word_embeddings"], weight_tying=0.5),
+    ),
     "unilora": (
         "bert", inlay.UniLoRA(r=3, theta_d_length=50, targets="attention"),
         partial(peft.UniLoraConfig, r=3, theta_d_length=50, target_modules=ATTENTION),

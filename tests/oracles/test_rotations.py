@@ -39,6 +39,11 @@ CASES: dict[str, tuple[inlay.Method, peft.PeftConfig]] = {
         inlay.OFT(block_size=4, coft=True, eps=0.3, targets="attention"),
         peft.OFTConfig(oft_block_size=4, coft=True, eps=0.3, target_modules=ATTENTION),
     ),
+    "oft, embedding": (
+        inlay.OFT(block_size=8, coft=True, eps=0.9, targets="query,word_embeddings,position_embeddings"),
+        peft.OFTConfig(oft_block_size=8, coft=True, eps=0.9,
+                       target_modules=["query", "word_embeddings", "position_embeddings"]),
+    ),
     **{
         f"oft, {terms} terms": (
             inlay.OFT(block_size=8, num_cayley_neumann_terms=terms, targets="query"),

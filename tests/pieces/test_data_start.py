@@ -105,6 +105,44 @@ def test_eva_is_the_svd_of_what_was_read_whatever_the_order(llama: nn.Module, or
         torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=0, atol=1e-5)  # a is fp32
 
 
+def test_whitened_directions_are_seen_to_vary_by_one(llama: nn.Module) -> None:
+    seen = rows(3)
+    ours = LoRA(r=4, targets=TARGETS, init={"kind": "eva", "rho": 1, "whiten": True}).prepare(llama, seen)
+    for name, a in found(ours).items():
+        h = inputs_of(llama, seen, name) @ a.double().T
+        h = h - h.mean(0)
+        torch.testing.assert_close(h.T @ h / len(h), torch.eye(4, dtype=h.dtype), rtol=0, atol=1e-4)  # a is fp32
+
+
+def peft_whitens(model: nn.Module, targets: list[str]) -> dict[str, Tensor]:
+    """How long the rows of peft's A are, relative to the first: it counts a batch as often as it looks at it."""
+    eva = peft.EvaConfig(rho=1.0, whiten=True)
+    config = peft.LoraConfig(r=3, target_modules=targets, init_lora_weights="eva", eva_config=eva)
+    theirs = get_eva_state_dict(copy.deepcopy(model), rows(), config, show_progress_bar=False)
+    lengths = {name: a.float().norm(dim=1) for name, a in theirs.items()}
+    return {name: length / length[0] for name, length in lengths.items()}
+
+
+def test_whitening_can_be_pefts(llama: nn.Module) -> None:
+    """Whose spread grows with the number of rows; and which divides again for each place that reads the same."""
+    method, lengths = LoRA(r=3, targets=["q_proj", "v_proj", "o_proj"]), {}
+    for whiten in (True, "authors"):
+        once, twice = (
+            found(method.replace(init={"kind": "eva", "rho": 1, "whiten": whiten}).prepare(llama, seen))
+            for seen in (rows(), [*rows(), *rows()])
+        )
+        for name, a in once.items():
+            grown = 1 if whiten is True else 2**0.25
+            torch.testing.assert_close(twice[name] * grown, a, rtol=1e-4, atol=1e-5)
+            lengths[name] = a.norm(dim=1) / a[0].norm()  # in the end, the authors'
+    alone = peft_whitens(llama, ["q_proj", "o_proj"])
+    for name, theirs in alone.items():
+        close = 1e-3 if "o_proj" in name else 2e-2  # where directions are nearly equal, a randomised SVD is less exact
+        torch.testing.assert_close(theirs, lengths[name], rtol=close, atol=0)
+    for name, theirs in peft_whitens(llama, ["q_proj", "v_proj"]).items():
+        torch.testing.assert_close(theirs, alone[name.replace("v_proj", "q_proj")] ** 2, rtol=1e-4, atol=0)
+
+
 def test_only_the_batches_asked_for_are_looked_at(llama: nn.Module) -> None:
     some = LoRA(r=2, targets=TARGETS, init={"kind": "eva", "batches": 2}).prepare(llama, rows(3))
     same = LoRA(r=2, targets=TARGETS, init="eva").prepare(llama, rows(3)[:2])
@@ -345,6 +383,7 @@ WRONG: list[tuple[Callable[[nn.Module], Any], type[Exception], str]] = [
         "no grad",
     ),
     (lambda m: LoRA(init={"kind": "eva", "batches": 0}), ConfigError, "batches=0"),
+    (lambda m: LoRA(init={"kind": "eva", "whiten": "zca"}), ConfigError, "whiten='zca': choose one of True, False"),
     (lambda m: LoRA(init={"kind": "eve"}), ConfigError, "choose one of eva, corda, lora_ga"),
     (lambda m: LoRA(init={"rho": 1}), ConfigError, "a kind is needed"),
     (lambda m: LoRA(init={"kind": "eva", "rh": 1}), ConfigError, "did you mean 'rho'"),

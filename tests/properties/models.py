@@ -157,6 +157,11 @@ class Row:
     """Whether the method has targets."""
     compiled: tuple[str, ...] | None = None
     """Hosts to compile, which takes seconds each; None: the first, () where another row compiles the same pieces."""
+    drawn: bool = False
+    """Whether training draws noise: a recomputed forward is then compared with training from the same seed."""
+    carried: bool = False
+    """Whether what is frozen is found in the base's weights and may jump when these are rounded (signs, clusters): then
+    the same adapter on a rounded base is the one from its file, not one whose numbers belong to another basis."""
     refuses: dict[str, str | None] = field(default_factory=dict)
     """Host -> targets there (None: the method's own) that it refuses, with an error of one sentence."""
 

@@ -37,6 +37,9 @@ ROWS = [
     Row("invertible", inlay.InvertibleAdapter(activation="gelu"), {
         "llama": 2 * 32 * 8 + 2 * 8 + 32, "plain": ("0.a", 2 * 12 * 3 + 2 * 3 + 12),
     }, mergeable=False, peft=False, compiled=("plain",), refuses={"conv": None, "tied": None}),
+    Row("invertible-glow", inlay.InvertibleAdapter(activation="gelu", coupling="glow"), {
+        "llama": 3 * 32 * 8 + 2 * 8 + 2 * 32,
+    }, mergeable=False, peft=False, compiled=("llama",)),
     Row("adapter_plus", inlay.AdapterPlus(bottleneck=4, drop_path=0.0), {
         "vit": 2 * (bottleneck(32, 4) + 32),
         "torch": 2 * (bottleneck(12, 4) + 12), "plain": ("b", 3 * (bottleneck(12, 4) + 12)),

@@ -24,6 +24,14 @@ def mica(i: int, o: int) -> int:
     return R * i
 
 
+def monteclora(i: int, o: int) -> int:
+    return R * (i + o + 1) + 4
+
+
+def qalora(i: int, o: int) -> int:
+    return R * (i // 4 + o)
+
+
 def blocks_a(shapes: list[tuple[int, int]]) -> int:
     return sum(R * (i // 2 + o) for i, o in shapes)
 
@@ -56,6 +64,10 @@ ROWS = [
         refuses={"mixtral": "experts", "conv": None, "tied": "embed"}),
     Row("mica", inlay.MiCA(r=R), few(mica, "bert", "llama", "gpt2") | {"tied": ("embed,mix", R * (11 + 8))},
         compiled=("tied",), refuses={"mixtral": "experts", "conv": None}),
+    Row("monteclora", inlay.MonteCLoRA(r=R, num_samples=4), few(monteclora, "bert", "llama", "gpt2", "torch"),
+        compiled=("llama",), drawn=True, refuses={"mixtral": "experts", "conv": None, "tied": "embed"}),
+    Row("qalora", inlay.QALoRA(r=R, group_size=4), few(qalora, "bert", "llama", "gpt2", "torch"), peft=False,
+        compiled=("llama",), refuses={"mixtral": "experts", "conv": None, "tied": "embed"}),
     # A feature a group: the gradients of training mode are then those of evaluation mode, which the matrix compares.
     Row("velora", inlay.VeLoRA(r=R, num_groups=32), {
         "llama": 2 * (lora(32, 32) + lora(32, 16)), "gpt2": 2 * lora(32, 96), **few(lora, "torch"),

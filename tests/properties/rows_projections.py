@@ -56,6 +56,7 @@ ROWS = [
     Row("vblora", inlay.VBLoRA(r=R, num_vectors=H, vector_length=V), with_bank(IN_FOURS, H * V), identity=0.01,
         compiled=("llama",), refuses={"conv": None, "plain": "out"}),
     Row("tinylora", inlay.TinyLoRA(u=3), of_linears(lambda i, o: 3), compiled=("llama",), refuses={"conv": None}),
+    Row("tinylora-embedding", inlay.TinyLoRA(u=3), {"tied": ("embed,mix", 2 * 3)}),
     Row("tinylora-tied", inlay.TinyLoRA(u=5, weight_tying=0.5), {"bert": 2 * 5}, compiled=()),
     Row("unilora", inlay.UniLoRA(r=R, theta_d_length=50), with_bank(of_linears(lambda i, o: 0), 50), identity=0.01,
         compiled=("llama",), refuses={"conv": None}),

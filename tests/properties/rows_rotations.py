@@ -48,7 +48,8 @@ def psoft(i: int, o: int) -> int:
 
 ROWS = [
     Row("oft", inlay.OFT(block_size=4), of_linears(oft), compiled=("llama",),
-        refuses={"mixtral": "experts", "tied": "embed"}),
+        refuses={"mixtral": "experts"}),
+    Row("oft-embedding", inlay.OFT(block_size=4), {"tied": ("embed,mix", 8 * 3 // 2 + 8 * 3 // 2)}),
     Row("oft-conv", inlay.OFT(block_size=3), {"conv": (MIXED, 6 + 48 + 54)}, compiled=(), peft=False),
     Row("oft-exact", inlay.OFT(block_size=0, r=4, use_cayley_neumann=False, block_share=True),
         {"bert": 4 * 28, "conv": ("plane", 12 * 11 // 2)}),

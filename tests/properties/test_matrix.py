@@ -311,7 +311,7 @@ def test_7_autocast(row: Row, host: str) -> None:
 
 
 @every
-def test_7_a_bfloat16_base(row: Row, host: str) -> None:
+def test_7_a_bfloat16_base(row: Row, host: str, tmp_path: Path) -> None:
     model = row.attached(host, perturbed=False, dtype=torch.bfloat16)
     base = output(fresh(host).bfloat16().requires_grad_(False), host, fused=False)
     close(output(model, host, fused=False), base, row.identity and row.identity + 0.05)
@@ -319,7 +319,11 @@ def test_7_a_bfloat16_base(row: Row, host: str) -> None:
     found = output(perturb(model), host)
     assert found.dtype == torch.bfloat16
     expected = output(row.attached(host), host)
-    near(found, expected, 0.1)  # here the weights are rounded too
+    rounded = found
+    if row.carried:
+        inlay.save(row.attached(host), tmp_path)
+        rounded = output(inlay.load(fresh(host).bfloat16(), tmp_path), host)
+    near(rounded, expected, 0.1)  # here the weights are rounded too
     near(output(row.attached(host).bfloat16(), host), expected, 0.1)  # and here those of the pieces
     assert all(gradient.isfinite().all() for gradient in gradients(model, host).values())
     if row.mergeable:
@@ -333,8 +337,10 @@ def test_7_a_bfloat16_base(row: Row, host: str) -> None:
 @pytest.mark.parametrize("reentrant", [False, True], ids=["new", "reentrant"])
 @every
 def test_7_gradient_checkpointing(row: Row, host: str, reentrant: bool) -> None:
-    model = row.attached(host)
+    model = row.attached(host).train(row.drawn)
+    torch.manual_seed(3)
     expected = gradients(model, host)
+    torch.manual_seed(3)
     found = checkpointed(model, HOSTS[host], reentrant)
     assert set(found) == set(expected)
     for name, gradient in found.items():

@@ -20,7 +20,16 @@ from inlay.tasks.batches import evaluating
 from inlay.tasks.data import read_splits
 from inlay.tasks.task import SUPPORT, Task, kinds, make_task, task_class
 
-KINDS = ["causal-lm", "masked-lm", "seq2seq", "text-classification", "token-classification"]
+KINDS = [
+    "audio-classification",
+    "causal-lm",
+    "image-classification",
+    "image-to-text",
+    "masked-lm",
+    "seq2seq",
+    "text-classification",
+    "token-classification",
+]
 LABELS = ("no", "yes")
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
+import inlay
 from inlay.engine.host import hosts
-from inlay.errors import ConfigError, MissingExtraError
+from inlay.errors import ConfigError, MissingExtraError, UnsupportedError
 from inlay.tasks import quantised
 from inlay.tasks.loading import quiet
 from inlay.train import Run, evaluate, merge, train
@@ -77,3 +79,48 @@ def test_bad_input(model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.
         quantised.loading("4bit", "auto")
     assert quantised.loading("auto", "auto") == {}
     assert quantised.loading("auto", "float16") == {"dtype": "float16"}
+
+
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_evaluation_in_between_changes_nothing(bias: bool) -> None:
+    """bitsandbytes packs its codes when it is called for inference; no gradient passes packed codes."""
+    import bitsandbytes
+
+    torch.manual_seed(0)
+    dtype = torch.bfloat16
+    linears = [bitsandbytes.nn.Linear4bit(64, 64, bias=bias, compute_dtype=dtype, quant_type="nf4") for _ in range(2)]
+    model = nn.Sequential(*linears).to("cpu")
+    x = torch.randn(4, 64, dtype=dtype)
+    inlay.attach(model, inlay.LoRA(targets=["0"], init="gaussian"))  # the second is called as it is
+
+    def gradients() -> list[torch.Tensor]:
+        model.train()
+        model.zero_grad()
+        model(x).float().square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    before, codes = gradients(), [linear._parameters["weight"].data.clone() for linear in linears]
+    with torch.no_grad():
+        model.eval()(x)
+    after = gradients()
+    assert before
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(linear._parameters["weight"].data, c) for linear, c in zip(linears, codes, strict=True))
+
+
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore")
+def test_packed_codes_are_refused_for_training() -> None:
+    import bitsandbytes
+
+    linear = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.bfloat16, quant_type="nf4")
+    model = nn.Sequential(linear).to("cpu").eval()
+    with torch.no_grad():
+        model(torch.randn(1, 64, dtype=torch.bfloat16))
+    if not getattr(linear.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes packs nothing on this CPU (it has no AVX512-bf16)")
+    with pytest.raises(UnsupportedError, match="packed the weights of 0"):
+        inlay.attach(model, inlay.LoRA(targets=["0"]))
+    assert linear.support_avx512bf16_for_cpu

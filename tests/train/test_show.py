@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from transformers import TrainerControl, TrainerState
+from transformers import AutoConfig, TrainerControl, TrainerState
 
+from inlay.engine import catalogue
+from inlay.errors import ConfigError
+from inlay.train import methods, show
 from inlay.train.callbacks import Curve, Progress, read_curve
 from inlay.train.chart import loss_chart, smoothed
 from inlay.train.inspect import folded
@@ -79,3 +83,26 @@ def test_names_fold_over_their_numbers() -> None:
     assert [pattern for pattern, _ in folded(names)] == ["encoder.layer.{0-2,5}.attention.query", "h.3.conv1", "pooler"]
     experts = [f"layers.{layer}.experts.{expert}.up" for layer in (0, 1) for expert in (0, 1, 2)]
     assert [pattern for pattern, _ in folded(experts)] == ["layers.{0-1}.experts.{0-2}.up"]
+
+
+@pytest.mark.parametrize("name", ["runs/lora/adapter", "./other", "/nowhere/lora", "lora/x"])
+def test_what_looks_like_a_path_is_not_looked_for_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lora").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", None)  # it is not even asked
+    with pytest.raises(ConfigError, match=f"there is no model folder {re.escape(name)}"):
+        show(name)
+
+
+def test_a_missing_folder_names_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    with pytest.raises(ConfigError, match=r"there is no model folder .*lorra; did you mean 'lora'"):
+        show(str(tmp_path / "lorra"))
+
+
+def test_methods_over_adapters_are_listed_last() -> None:
+    kinds = [row.kind for row in methods()]
+    assert kinds[-len(catalogue.combining()) :] == list(catalogue.combining())
+    assert {"adapter_fusion", "scalearn", "xlora"} <= set(catalogue.combining())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,10 @@ def print_shown(found: AdapterFolder | list[Places]) -> None:
             typer.echo(f"quantised   {held}; relative error {error:.2%}, at most {worst:.2%}")
         if found.modules_to_save:
             typer.echo(f"whole       {', '.join(found.modules_to_save)}")
+        for number, (name, origin) in enumerate(found.adapters.items()):
+            typer.echo(f"{'made on' if number == 0 else '':<11} {name} (from {origin})")
+        if found.compose is not None:
+            typer.echo(f"compose     {json.dumps(found.compose)}")
         typer.echo(f"read by     {reader}")
         if found.record is not None:
             print_record(found.record)

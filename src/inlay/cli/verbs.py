@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from inlay.cli.fewshot import explain, fewshot
+from inlay.fewshot.run import is_few_shot
 
 if TYPE_CHECKING:
     from inlay.train.run import Run
@@ -36,6 +40,23 @@ Load = Annotated[str | None, typer.Option(help="How the base is held: auto (defa
 MaxLength = Annotated[int | None, typer.Option(help="Tokens kept of each text.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows at a time.")]
+Others = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapters", metavar="NAME=DIR", help="An adapter of another run, loaded first and frozen; repeat it."
+    ),
+]
+Compose = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TREE", help="How adapters run: a name, or {stack: [sst2, default]} (`default`: the run's own)."
+    ),
+]
+TaskIdColumn = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The column that says which task a row is of, for methods of several tasks."),
+]
+TaskId = Annotated[str | None, typer.Option(metavar="NAME", help="The task of all rows, for methods of several tasks.")]
 Rows = Annotated[str | None, typer.Option("--data", help="The rows: a file, a folder or a hub id.")]
 Split = Annotated[str | None, typer.Option(help="Which split, where --data has several.")]
 
@@ -64,6 +85,9 @@ def train(
     seed: Seed = None,
     max_length: MaxLength = None,
     load: Load = None,
+    adapters: Others = None,
+    compose: Compose = None,
+    task_id_column: TaskIdColumn = None,
     changes: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in --out.")] = False,
     overwrite: Overwrite = False,
@@ -71,7 +95,7 @@ def train(
     """Train an adapter, from a YAML file or from flags; leaves a folder that describes itself."""
     if resume and config is None and model is None and out is not None:
         config = Path(out) / "run.yaml"
-    sizes = (seed, max_length, load)
+    sizes = (seed, max_length, load, adapters, compose, task_id_column)
     run = _run(config, model, task, data, training, validation, test, columns, method, out, *sizes, changes)
     from inlay.train import train
 
@@ -95,10 +119,13 @@ def check(
     seed: Seed = None,
     max_length: MaxLength = None,
     load: Load = None,
+    adapters: Others = None,
+    compose: Compose = None,
+    task_id_column: TaskIdColumn = None,
     changes: Set = None,
 ) -> None:
     """Resolve a run, read its first rows, list the matched modules and the trainable share; run nothing."""
-    sizes = (seed, max_length, load)
+    sizes = (seed, max_length, load, adapters, compose, task_id_column)
     run = _run(config, model, task, data, training, validation, test, columns, method, out, *sizes, changes)
     from inlay.cli.printing import print_check
     from inlay.train import check
@@ -107,12 +134,30 @@ def check(
 
 
 def evaluate(
-    folder: Folder, data: Rows = None, split: Split = None, batch_size: Batch = 32, as_json: Json = False
+    folder: Folder,
+    data: Rows = None,
+    split: Split = None,
+    batch_size: Batch = 32,
+    adapters: Others = None,
+    compose: Compose = None,
+    task_id: TaskId = None,
+    task_id_column: TaskIdColumn = None,
+    as_json: Json = False,
 ) -> None:
     """Measure a run's adapter on a file (default: the run's own test rows)."""
+    if is_few_shot(folder):
+        from inlay.fewshot.saved import evaluate as evaluate_few_shot
+
+        _print_figures(evaluate_few_shot(folder, data, batch_size=batch_size), as_json)
+        return
     from inlay.train import evaluate
 
-    figures = evaluate(folder, data, split=split, batch_size=batch_size, progress=not as_json)
+    more = {**_others(adapters, compose), "task_id": task_id, "task_id_column": task_id_column}
+    figures = evaluate(folder, data, split=split, batch_size=batch_size, progress=not as_json, **more)
+    _print_figures(figures, as_json)
+
+
+def _print_figures(figures: Mapping[str, float], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(figures))
     else:
@@ -128,11 +173,26 @@ def predict(
     ] = None,
     split: Split = None,
     batch_size: Batch = 32,
+    adapters: Others = None,
+    compose: Compose = None,
+    task_id: TaskId = None,
+    task_id_column: TaskIdColumn = None,
 ) -> None:
     """Predict for each row of a file."""
+    if is_few_shot(folder):
+        from inlay.fewshot.saved import predict as predict_few_shot
+
+        found = predict_few_shot(folder, data, out=out, batch_size=batch_size)
+        _print_predictions(found, out)
+        return
     from inlay.train import predict
 
-    found = predict(folder, data, out, split=split, batch_size=batch_size, progress=out is not None)
+    more = {**_others(adapters, compose), "task_id": task_id, "task_id_column": task_id_column}
+    found = predict(folder, data, out, split=split, batch_size=batch_size, progress=out is not None, **more)
+    _print_predictions(found, out)
+
+
+def _print_predictions(found: Sequence[Mapping[str, Any]], out: Path | None) -> None:
     if out is None:
         for row in found:
             typer.echo(json.dumps(row, ensure_ascii=False))
@@ -151,7 +211,7 @@ def merge(
 
     merged = merge(folder, out, tolerance=tolerance, overwrite=overwrite)
     typer.echo(
-        f"{merged.out}: a plain transformers model; read back, its logits on {merged.texts} sentences differ by "
+        f"{merged.out}: a plain transformers model; read back, its logits on {merged.texts} examples differ by "
         f"at most {merged.largest_difference:.2g} (allowed: {merged.tolerance:.2g})"
     )
     if merged.quantisation:
@@ -230,8 +290,8 @@ def trim(
     typer.echo(f"{done.out}: a plain transformers model\n{done.report}")
 
 
-VERBS = (quickstart, check, train, evaluate, predict, merge, show, methods, convert, trim)
-NEED_ARGUMENTS = frozenset({check, train, evaluate, predict, merge, show, convert, trim})
+VERBS = (quickstart, check, train, evaluate, predict, merge, show, methods, convert, trim, fewshot, explain)
+NEED_ARGUMENTS = frozenset({check, train, evaluate, predict, merge, show, convert, trim, fewshot, explain})
 
 
 def _run(
@@ -248,6 +308,9 @@ def _run(
     seed: int | None,
     max_length: int | None,
     load: str | None,
+    adapters: list[str] | None,
+    compose: str | None,
+    task_id_column: str | None,
     changes: list[str] | None,
 ) -> Run:
     from inlay.train.run import Run
@@ -263,8 +326,25 @@ def _run(
         "seed": seed,
         "max_length": max_length,
         "load": load,
+        "task_id_column": task_id_column,
+        **_others(adapters, compose),
     }
     return Run.from_yaml(config, flags, changes or ())
+
+
+def _others(adapters: list[str] | None, compose: str | None) -> dict[str, Any]:
+    from inlay.errors import ConfigError
+    from inlay.train.settings import yaml_value
+
+    named: dict[str, str] = {}
+    for text in adapters or ():
+        name, equals, folder = (piece.strip() for piece in text.partition("="))
+        if not (name and equals and folder):
+            raise ConfigError(f"--adapters takes NAME=DIR, such as sst2=runs/sst2; got {text!r}")
+        if name in named:
+            raise ConfigError(f"--adapters names {name!r} twice ({named[name]} and {folder}): choose another name")
+        named[name] = folder
+    return {"adapters": named or None, "compose": None if compose is None else yaml_value(compose)}
 
 
 def _pairs(columns: str | None) -> dict[str, str]:

@@ -51,18 +51,33 @@ def factored(change: Change, rank: int | float | None) -> tuple[Tensor, Tensor]:
 
     None keeps the factors that there are. Where ΔW has factors, only matrices of their rank are decomposed.
     """
-    if change.a is not None and change.b is not None:
-        if rank is None or (isinstance(rank, int) and rank >= change.a.shape[0]):
-            return change.a, change.b
-        left, upper = torch.linalg.qr(change.b)
-        right, lower = torch.linalg.qr(change.a.T)
-        u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-        u, vh = left @ u, vh @ right.T
-    else:
-        u, s, vh = torch.linalg.svd(change.dense(), full_matrices=False)
+    if (
+        change.a is not None
+        and change.b is not None
+        and (rank is None or (isinstance(rank, int) and rank >= change.a.shape[0]))
+    ):
+        return change.a, change.b
+    u, s, vh = _decomposed(change)
     r = kept(s, rank)
     root = s[:r].sqrt()
     return root[:, None] * vh[:r], u[:, :r] * root
+
+
+def main_direction(change: Change) -> Tensor:
+    """The unit vector (in) that ΔW stretches most, of either sign; zeros where ΔW is zero."""
+    _, s, vh = _decomposed(change)
+    return vh[0] * (s[0] > 0)
+
+
+def _decomposed(change: Change) -> tuple[Tensor, Tensor, Tensor]:
+    """U, the singular values and Vᵀ; from factors, without ΔW itself."""
+    if change.a is None or change.b is None:
+        u, s, vh = torch.linalg.svd(change.dense(), full_matrices=False)
+        return u, s, vh
+    left, upper = torch.linalg.qr(change.b)
+    right, lower = torch.linalg.qr(change.a.T)
+    u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    return left @ u, s, vh @ right.T
 
 
 def kept(singular_values: Tensor, rank: int | float | None) -> int:

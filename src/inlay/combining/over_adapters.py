@@ -96,6 +96,11 @@ class OverAdapters(Method):
             raise ConfigError(f"{what}(targets={self.targets!r}): it sits where its adapters do; use exclude or layers")
         object.__setattr__(self, "adapters", tuple(self.adapters))
 
+    @property
+    def running(self) -> tuple[str, ...]:
+        """Every adapter that runs inside."""
+        return tuple(self.adapters)
+
     def over(self, site: Site, width: int) -> OverPiece:
         """A fresh piece for a place whose output has `width` features."""
         raise NotImplementedError
@@ -104,19 +109,19 @@ class OverAdapters(Method):
         """The places of the adapters. AdapterError when one is not loaded, UnsupportedError where they differ."""
         found = find_adapters(index.model)
         loaded = {} if found is None else found.loaded
-        for name in self.adapters:
+        for name in self.running:
             if name not in loaded:
                 have = ", ".join(map(repr, loaded)) or "none"
                 raise AdapterError(
                     f"{type(self).__name__} is made of the adapter {name!r}, which is not loaded (loaded: {have})"
                     f"{did_you_mean(name, loaded)}; load it under that name first"
                 )
-        places = [set(self._places(loaded[name])) for name in self.adapters]
-        for name, own in zip(self.adapters, places, strict=True):
+        places = [set(self._places(loaded[name])) for name in self.running]
+        for name, own in zip(self.running, places, strict=True):
             if own != places[0]:
                 where = sorted(own ^ places[0])[0]
                 raise UnsupportedError(
-                    f"{type(self).__name__}: {self.adapters[0]!r} and {name!r} do not sit at the same places ({where} "
+                    f"{type(self).__name__}: {self.running[0]!r} and {name!r} do not sit at the same places ({where} "
                     "has only one of them): use adapters of one placement"
                 )
         return index.select(
@@ -147,7 +152,7 @@ class OverAdapters(Method):
 
     def export(self, pieces: Sequence[tuple[Site, Piece]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The trained tensors, and beside them a fingerprint of each adapter."""
-        extra = {f"fingerprint.{name}": fingerprint(name, pieces) for name in self.adapters}
+        extra = {f"fingerprint.{name}": fingerprint(name, pieces) for name in self.running}
         return super().export(pieces)[0], extra
 
     def import_(
@@ -155,7 +160,7 @@ class OverAdapters(Method):
     ) -> None:
         """Take the tensors over. CheckpointError when an adapter is not the one that they were trained over."""
         super().import_(pieces, tensors, extra)
-        for name in self.adapters:
+        for name in self.running:
             there, here = extra.pop(f"fingerprint.{name}", None), fingerprint(name, pieces)
             if there is None or not torch.equal(there, here):
                 raise CheckpointError(

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 from inlay.engine.composition import Bound, Composition, names_in
 from inlay.engine.controller import Controller
+from inlay.engine.four_bit import hold_codes, let_go, refuse_packed
 from inlay.engine.host import RESERVED, State, close_host, hosts, inlays_of, open_host, refresh_class
 from inlay.engine.merging import fold, merged_parameters, swap
 from inlay.engine.piece import Method, Piece
+from inlay.engine.replication import restore_if_loaded, settle
 from inlay.engine.roles import new_heads
 from inlay.engine.sites import Site, SiteIndex, is_conv1d
 from inlay.engine.trained_copy import ModulesToSave
@@ -126,6 +128,7 @@ def attach(
     field that cannot be used; then the model is as it was.
     """
     model = base_model(model)
+    refuse_packed(model)
     set_in(SiteIndex(model), methods, name, modules_to_save)
     return model
 
@@ -198,6 +201,7 @@ def _insert(model: nn.Module, adapters: Adapters, adapter: Adapter) -> None:
     model.__dict__.setdefault(ATTRIBUTE, adapters)
     if not adapters.loaded:
         model.requires_grad_(False)
+    hold_codes(model, training=True)
     for method, placed in zip(adapter.methods, adapter.placed, strict=True):
         keyed: dict[str, Piece] = {}
         for site, piece in placed:
@@ -252,6 +256,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         del model.__dict__[ATTRIBUTE]
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(adapters.required_grad.get(parameter_name, parameter.requires_grad))
+        restore_if_loaded(model)
+        let_go(model)
     return model
 
 
@@ -314,10 +320,26 @@ def active(model: nn.Module) -> tuple[str | Composition, ...]:
 def trainable(model: nn.Module, *names: str) -> None:
     """Make exactly these adapters trainable, and no other; with no name, none."""
     adapters = adapters_of(model)
+    if names:
+        refuse_packed(base_model(model))
     wanted = {id(p) for name in names for p in adapters.get(name).parameters()}
     for adapter in adapters.loaded.values():
         for parameter in adapter.parameters():
             parameter.requires_grad_(id(parameter) in wanted)
+    hold_codes(base_model(model), training=bool(wanted))
+
+
+def settle_training(model: nn.Module, adapter: Adapter, train: bool) -> None:
+    """Leave a loaded adapter trainable, or freeze it. UnsupportedError where nothing can be trained any more."""
+    if train:
+        refuse_packed(base_model(model))
+        return
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(False)
+    left = any(
+        parameter.requires_grad for each in adapters_of(model).loaded.values() for parameter in each.parameters()
+    )
+    hold_codes(base_model(model), training=left)
 
 
 def controllers(model: nn.Module) -> list[Controller]:
@@ -347,6 +369,7 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
     if not keep_base:
         unmerge(model)
         fold(base_model(model), adapters, merged_parameters(adapters))
+        settle(base_model(model))
         detach(model)
     elif not adapters.state.merged:
         swap(adapters, merged_parameters(adapters))

@@ -1,7 +1,8 @@
 """Which methods there are, read off the files in `inlay/methods` without importing them (or torch).
 
 A method's kind is the name of its file; its class is the frozen dataclass that the file defines. So adding a method
-edits nothing here, and `inlay --help` costs no import. Methods over other adapters are files of `inlay/combining`.
+edits nothing here, and `inlay --help` costs no import. Methods over other adapters are files of `inlay/combining`,
+those that a few-shot template or its words ask for files of `inlay/fewshot/methods`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 PACKAGE = "inlay.methods"
 COMBINING = "inlay.combining"
 """Where the methods over other adapters are, each in the file of its kind."""
+FEWSHOT = "inlay.fewshot.methods"
+"""Where the methods are that only few-shot systems put in, and that a file they left may name."""
 _METHOD = re.compile(r"^@dataclasses\.dataclass\(frozen=True, kw_only=True\)\nclass (\w+)\(", re.MULTILINE)
 
 
@@ -42,7 +45,9 @@ def module_of(kind: str) -> str | None:
     """The module that defines the method `kind`; None when there is none."""
     if kind in files():
         return f"{PACKAGE}.{kind}"
-    return f"{COMBINING}.{kind}" if kind in combining() else None
+    if kind in combining():
+        return f"{COMBINING}.{kind}"
+    return f"{FEWSHOT}.{kind}" if kind in _files(FEWSHOT) else None
 
 
 def kinds() -> list[str]:

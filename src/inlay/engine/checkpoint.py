@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from inlay.engine import adapters as engine
-from inlay.engine import codes, files
+from inlay.engine import codes, files, replication
 from inlay.engine.fingerprint import compare, fingerprint
 from inlay.engine.peft_names import ambiguous, as_peft_writes, brought_parameters, prefixed, shortest_names
 from inlay.engine.piece import Method
@@ -70,6 +70,7 @@ def save(model: nn.Module, folder: str | Path, name: str = "default", *, quantis
         "peft_type": "INLAY",
         "base_model_name_or_path": base_name(model),
         "inference_mode": True,
+        **replication.file_entry(model),
         **(peft or {}),
         "auto_mapping": {
             "base_model_class": type(model).__name__,
@@ -101,13 +102,15 @@ def peft_config(adapter: engine.Adapter, index: SiteIndex) -> dict[str, Any] | N
     adapted = {site.path for site, piece in adapter.pieces() if not piece.replaces}
     pairs = list(zip(adapter.methods, adapter.placed, strict=True))
     whole = {site.path for method, placed in pairs if isinstance(method, ModulesToSave) for site, _ in placed}
-    if len(main) != 1 or main[0].peft_type is None or adapted & whole:
+    kind = main[0].peft_type if len(main) == 1 and not adapted & whole else None
+    if kind is None or not replication.peft_replicates(index.model, kind):
         return None
     config: dict[str, Any] = {
-        "peft_type": main[0].peft_type,
+        "peft_type": kind,
         "peft_version": PEFT_VERSION,
         "task_type": task_type(index.model),
         "revision": None,
+        **replication.file_entry(index.model),
     }
     for method, placed in pairs:
         try:
@@ -215,20 +218,18 @@ def load(
     folder = Path(folder)
     before = engine.find_adapters(model)
     active = before.state.active if before else ()
-    index = SiteIndex(engine.base_model(model))
-    with blaming(folder):
+    with blaming(folder), replication.as_in(folder, engine.base_model(model)):
+        index = SiteIndex(engine.base_model(model))
         file = read(folder, index, strict)
         adapter = make(engine.set_in, index, file, name)
         try:
             fill(index, adapter, file)
+            engine.settle_training(model, adapter, trainable)
         except BaseException:
             engine.detach(model, name)
             raise
     if before and len(before.loaded) > 1:
         engine.activate(model, *active)
-    if not trainable:
-        for parameter in adapter.parameters():
-            parameter.requires_grad_(False)
     return model
 
 

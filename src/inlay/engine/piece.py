@@ -115,6 +115,8 @@ class Method:
     default_targets: ClassVar[Any] = "all-linear"
     peft_type: ClassVar[str | None] = None
     paper: ClassVar[str] = ""
+    tasks_field: ClassVar[str | None] = None
+    """The field that says how many tasks it learns at once, where calls of the model name the task of each row."""
 
     targets: Targets = None
     """Where: roles ("query,value"), names, "re:…" patterns, a list of these, or a callable (site) -> bool."""

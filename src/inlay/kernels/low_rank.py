@@ -34,10 +34,15 @@ def linear(
 def embedding(ids: Tensor, a: Tensor, b: Tensor, host: nn.Embedding) -> Tensor:
     """Aᵀ[ids] Bᵀ: what B·A adds to the rows that `ids` pick, times the host's `embed_scale` where it has one."""
     rows = F.embedding(ids, a.T, host.padding_idx, host.max_norm, host.norm_type, host.scale_grad_by_freq, host.sparse)
+    return scaled_rows(F.linear(rows, b), host)
+
+
+def scaled_rows(rows: Tensor, host: nn.Module) -> Tensor:
+    """Rows (…, dim) times the `embed_scale` of an embedding that has one."""
     scale = getattr(host, "embed_scale", None)
     if isinstance(scale, Tensor):  # transformers rounds it to the dtype of the table
         scale = scale.to(host._parameters["weight"].dtype)  # type: ignore[union-attr]
-    return F.linear(rows, b) if scale is None else F.linear(rows, b) * scale
+    return rows if scale is None else rows * scale
 
 
 def convolution(x: Tensor, a: Tensor, b: Tensor, host: nn.Module, bias: Tensor | None = None) -> Tensor:

@@ -23,17 +23,17 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from inlay.engine.piece import Method, Piece
+from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.sub_layers import SubLayers
 from inlay.engine.trained_copy import copies
-from inlay.errors import ConfigError, did_you_mean
 from inlay.pieces.bottlenecks import bottleneck as pieces
 from inlay.pieces.bottlenecks.bottleneck import ACTIVATIONS, INITS, Bottleneck
+from inlay.pieces.checks import CheckedMethod
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Adapter(Method):
+class Adapter(CheckedMethod):
     """h + W_up f(W_down h): a bottleneck after attention and feed-forward, after feed-forward, or parallel to it."""
 
     kind = "adapter"
@@ -61,20 +61,12 @@ class Adapter(Method):
     """Train the normalisation layers too; None: with houlsby only."""
 
     def __post_init__(self) -> None:
-        what = type(self).__name__
-        if self.placement not in ("houlsby", "pfeiffer", "parallel"):
-            raise ConfigError(f"{what}(placement={self.placement!r}): choose one of houlsby, pfeiffer, parallel")
-        if self.bottleneck is not None and (not isinstance(self.bottleneck, int) or self.bottleneck < 1):
-            raise ConfigError(f"{what}(bottleneck={self.bottleneck!r}): a whole number of at least 1 is needed")
-        if self.reduction_factor <= 0:
-            raise ConfigError(f"{what}(reduction_factor={self.reduction_factor!r}): a positive number is needed")
-        if self.activation not in ACTIVATIONS:
-            hint = did_you_mean(self.activation, ACTIVATIONS)
-            raise ConfigError(f"{what}(activation={self.activation!r}): choose one of {', '.join(ACTIVATIONS)}{hint}")
-        if self.init not in self.inits:
-            raise ConfigError(f"{what}(init={self.init!r}): choose one of {', '.join(self.inits)}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"{what}(dropout={self.dropout!r}): a probability in [0, 1) is needed")
+        self.check_choice("placement", ("houlsby", "pfeiffer", "parallel"))
+        self.check_whole("bottleneck")
+        self.check_positive("reduction_factor")
+        self.check_choice("activation", ACTIVATIONS)
+        self.check_choice("init", self.inits)
+        self.check_rate("dropout")
 
     def sites(self, index: SiteIndex) -> list[Site]:
         targets = self.targets

@@ -4,10 +4,15 @@ before the output embedding.
     y₁ = x₁ + F(x₂),  y₂ = x₂ + G(y₁)           x = [x₁ ; x₂], what the embeddings give to the first block
     x₂ = y₂ − G(y₁),  x₁ = y₁ − F(x₂)           before the language-model head, where the model has one
 
+With `coupling="glow"` F and G give factors too (GLOW, Kingma and Dhariwal 2018, arXiv:1807.03039):
+
+    y₁ = e(s₂) ⊙ x₁ + t₂,  y₂ = e(s₁) ⊙ x₂ + t₁     [s₂ ; t₂] = F(x₂),  [s₁ ; t₁] = G(y₁),  log e(s) = 3.18 atan(s / 5)
+
 F and G are bottlenecks of the halves; with `init="zero_up"` both start at zero, so the model starts as the base. It is
 for another language: trained with adapters in the blocks, `attach(model, [InvertibleAdapter(), Adapter()])`.
 
-Parameters: 2 d m + 2 m + d, m = d / 4 (half of a half) unless told otherwise. Width 768: 296,064.
+Parameters: 2 d m + 2 m + d, m = d / 4 (half of a half) unless told otherwise. Width 768: 296,064. With
+glow 3 d m + 2 m + 2 d: 444,288.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.sub_layers import SubLayers
 from inlay.errors import ConfigError, TargetError, UnsupportedError
 from inlay.methods.adapter import Adapter
-from inlay.pieces.coupling import Coupling, CouplingPiece, InversePiece
+from inlay.pieces.coupling import COUPLINGS, CouplingPiece, InversePiece
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,11 +47,15 @@ class InvertibleAdapter(Method):
     """The function inside F and G: relu, gelu, silu, tanh, …"""
     init: Literal["zero_up", "bert", "houlsby"] = "zero_up"
     """How F and G start, as for `Adapter`."""
+    coupling: Literal["nice", "glow"] = "nice"
+    """nice: F and G are added; glow: they also multiply."""
 
     dropout: ClassVar[float] = 0.0  # a network with dropout has no inverse
     scale: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
+        if self.coupling not in COUPLINGS:
+            raise ConfigError(f"InvertibleAdapter(coupling={self.coupling!r}): choose one of {', '.join(COUPLINGS)}")
         try:
             Adapter(reduction_factor=self.reduction_factor, activation=self.activation, init=self.init)
         except ConfigError as error:
@@ -88,7 +97,7 @@ class InvertibleAdapter(Method):
                 f"{type(self).__name__}: one network serves all its places, and they differ in width ({listed}); "
                 "name some of them with targets=..."
             )
-        coupling = Coupling(widths[sites[0]], self, sites[0])
+        coupling = COUPLINGS[self.coupling](widths[sites[0]], self, sites[0])
         for number, site in enumerate(sites):
             inverse = self.targets is None and "block" not in site.roles
             made.append((site, (InversePiece if inverse else CouplingPiece)(coupling, owns=number == 0)))

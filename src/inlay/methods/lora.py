@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from inlay.engine.checkpoint import LOADING
 from inlay.engine.peft_names import file_paths, overrides_from_peft, peft_pattern, peft_targets, targets_from_peft
 from inlay.engine.piece import Method, Piece, take
-from inlay.engine.registry import all_methods
+from inlay.engine.registry import all_methods, over_adapters
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import copies
 from inlay.errors import ConfigError, UnsupportedError
@@ -33,8 +33,7 @@ from inlay.pieces.lora.quantised_start import is_quantised, plain_weights_of
 from inlay.pieces.lora.start import INITS
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "olora", "pissa", "loftq", "random", "eva", "corda", "lora_ga"]
-NOT_HERE = ("use_qalora", "layer_replication", "arrow_config", "monteclora_config",
-            "megatron_config")  # fmt: skip
+NOT_HERE = ("megatron_config",)
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Inits of peft's that change the base: what such a file holds fits only the changed base, which it does not hold."""
 
@@ -229,7 +228,8 @@ class LoRA(Method):
     def from_peft(cls, config: Mapping[str, Any]) -> list[Method]:
         from inlay.methods.trainable_tokens import TrainableTokens
 
-        variants = [one for one in all_methods() if issubclass(one, LoRA) and one.is_variant(config)]
+        known = [cast("type[LoRA]", one) for one in (*all_methods(), *over_adapters()) if hasattr(one, "peft_variant")]
+        variants = [one for one in known if one.is_variant(config)]
         if len(variants) > 1:
             names = " and ".join(one.peft_variant for one in variants)
             raise UnsupportedError(f"this LoRA adapter uses {names}, which Inlay does not have together")

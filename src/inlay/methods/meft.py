@@ -23,11 +23,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from inlay.engine.piece import Method, Piece
+from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.errors import ConfigError
 from inlay.kernels.reversible import longest_segment
 from inlay.pieces.bottlenecks.bottleneck import ACTIVATIONS, Bottleneck, BottleneckFields
+from inlay.pieces.checks import CheckedMethod
 from inlay.pieces.reversible.places import Halves, activation_of, block_sites, stacks
 from inlay.pieces.reversible.stack import GAINS, ReversibleStack
 
@@ -35,7 +36,7 @@ PUBLISHED = {1: (0.1, 1.0), 2: (1.0, 0.1), 3: (0.1, 0.1)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MEFT(Method):
+class MEFT(CheckedMethod):
     """y1 = λ x1 + F(x2), y2 = β x2 + G(y1): the blocks as a reversible stack, with adapters in F and G."""
 
     kind = "meft"
@@ -64,22 +65,12 @@ class MEFT(Method):
     """"authors": the published constants and no kept streams, whatever inversion then loses."""
 
     def __post_init__(self) -> None:
-        if self.variant not in PUBLISHED:
-            raise ConfigError(f"MEFT(variant={self.variant!r}): choose 1, 2 or 3")
-        for name in ("bottleneck", "keep_every"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"MEFT({name}={value!r}): a whole number of at least 1 is needed")
-        for name in ("lambda_", "beta", "tolerance"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ConfigError(f"MEFT({name}={value!r}): a positive number is needed")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"MEFT(dropout={self.dropout!r}): a probability in [0, 1) is needed")
-        if self.activation is not None and self.activation not in ACTIVATIONS:
-            raise ConfigError(f"MEFT(activation={self.activation!r}): choose one of {', '.join(ACTIVATIONS)}")
-        if self.compat not in (None, "authors"):
-            raise ConfigError(f"MEFT(compat={self.compat!r}): choose 'authors' or None")
+        self.check_choice("variant", PUBLISHED)
+        self.check_whole("bottleneck", "keep_every")
+        self.check_positive("lambda_", "beta", "tolerance")
+        self.check_rate("dropout")
+        self.check_choice("activation", ACTIVATIONS)
+        self.check_choice("compat", (None, "authors"))
         if self.compat and (self.lambda_, self.beta, self.keep_every) != (None, None, None):
             raise ConfigError("MEFT(compat='authors') fixes lambda_, beta and keep_every: leave them out")
         if self.overrides:

@@ -39,6 +39,7 @@ class MultitaskPromptTuning(Method):
     kind = "multitask_prompt_tuning"
     hosts = frozenset({"module", "embedding"})
     peft_type = "MULTITASK_PROMPT_TUNING"
+    tasks_field = "num_tasks"
     paper = "Wang et al. 2023, arXiv:2303.02861"
 
     num_virtual_tokens: int = 20

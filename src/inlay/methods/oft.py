@@ -5,7 +5,9 @@
 Each block of b entries of x is rotated, b² multiplications for each. The exact form (`use_cayley_neumann=False`) has
 the opposite sign of Q, as HF peft has it. Q starts at zero, so the model starts as the base.
 
-Parameters: in (b − 1) / 2, or b (b − 1) / 2 with `block_share`.
+On an embedding the rows that are looked up are rotated: y = R Eᵀ x.
+
+Parameters: in (b − 1) / 2, or b (b − 1) / 2 with `block_share`; an embedding counts its width as in.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ class OFT(LinearMethod):
     """y = W R x + b with R block-diagonal and orthogonal."""
 
     kind = "oft"
-    hosts = frozenset({"linear", "conv"})
+    hosts = frozenset({"linear", "conv", "embedding"})
     default_targets = "query,value"
     peft_type = "OFT"
     paper = "Qiu et al. 2023, arXiv:2306.07280"

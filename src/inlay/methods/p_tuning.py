@@ -21,9 +21,10 @@ from inlay.engine.prompts.entry import peft_fields, prompt_of, prompt_pieces, pr
 from inlay.engine.prompts.virtual_tokens import Prompt
 from inlay.errors import CheckpointError, ConfigError
 from inlay.methods.prefix_tuning import PrefixTuning
-from inlay.pieces.prompts.checks import check_counts
+from inlay.pieces.prompts.checks import check_counts, check_start
 from inlay.pieces.prompts.encoded import EncodedPrompt
 from inlay.pieces.prompts.files import take_all
+from inlay.pieces.prompts.saved import starting_vectors
 
 if TYPE_CHECKING:
     from inlay.engine.sites import Site, SiteIndex
@@ -61,8 +62,14 @@ class PTuning(Method):
     """Between the layers of the LSTM."""
     deep: bool = False
     """P-tuning v2: a prompt in every layer, of which `targets`, `exclude` and `layers` may choose."""
+    init_from: str | tuple[str, ...] | None = None
+    """Folder of an adapter, or of a run, whose prompt this one starts from: one with the same encoder, which is taken
+    over; without an encoder, any prompt, or the mean of several."""
+    init_weights: tuple[float, ...] | None = None
+    """For several: what each counts in the mean; None: the same."""
 
     def __post_init__(self) -> None:
+        check_start(self)
         check_counts(self, "num_virtual_tokens", "num_layers", optional="hidden_size")
         if self.encoder not in ("mlp", "lstm", None):
             raise ConfigError(f"PTuning(encoder={self.encoder!r}): choose 'mlp', 'lstm' or None")
@@ -78,11 +85,14 @@ class PTuning(Method):
             )
         if self.overrides:
             raise ConfigError("PTuning has no overrides: there is one prompt")
+        if self.deep:
+            _ = self.prefix  # which checks its fields
 
     @property
     def prefix(self) -> PrefixTuning:
         """The method that deep prompts are."""
-        fields = {name: getattr(self, name) for name in ("num_virtual_tokens", "targets", "exclude", "layers")}
+        names = ("num_virtual_tokens", "targets", "exclude", "layers", "init_from", "init_weights")
+        fields = {name: getattr(self, name) for name in names}
         return PrefixTuning(projection_size=self.hidden_size, **fields)
 
     def sites(self, index: SiteIndex) -> list[Site]:
@@ -96,8 +106,20 @@ class PTuning(Method):
         if self.deep:
             return self.prefix.build(model, sites)
         n, d = self.num_virtual_tokens, sites[-1].out_features
-        prompt = Prompt(torch.randn(n, d)) if self.encoder is None else EncodedPrompt(self, n, d)
+        prompt: nn.Module
+        if self.encoder is not None:
+            prompt = EncodedPrompt(self, n, d)
+            if isinstance(self.init_from, str):
+                prompt.start_from(model, self.init_from, self.encoder)
+        elif self.init_from is not None:
+            prompt = Prompt(starting_vectors(model, self.init_from, self.init_weights, (n, d), 1, prefix=False))
+        else:
+            prompt = Prompt(torch.randn(n, d))
         return prompt_pieces(sites, prompt.to(sites[-1].device, trainable_dtype(sites[-1].dtype)), n)
+
+    def for_file(self) -> Method:
+        """The method as a file describes it: how the prompt started no longer matters."""
+        return self.replace(init_from=None, init_weights=None)
 
     def on_attach(self, model: nn.Module, pieces: Sequence[tuple[Site, Piece]]) -> None:
         """As prefix tuning, if deep."""

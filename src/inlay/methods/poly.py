@@ -31,6 +31,7 @@ class Poly(LinearMethod):
     kind = "poly"
     default_targets = "query,value"
     peft_type = "POLY"
+    tasks_field = "n_tasks"
     paper = "Ponti et al. 2022, arXiv:2202.13914"
     peft_constants = (("poly_type", "poly"),)
     peft_conv1d = False

@@ -19,16 +19,17 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from inlay.engine.piece import Method, Piece
+from inlay.engine.piece import Piece
 from inlay.engine.prompts.entry import encoder_of
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.sub_layers import SubLayers
 from inlay.errors import ConfigError, UnsupportedError
+from inlay.pieces.checks import CheckedMethod
 from inlay.pieces.edits import EditPiece
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReFT(Method):
+class ReFT(CheckedMethod):
     """h + Rᵀ(W h + b − R h) on what comes out of the blocks, at the first and last tokens of each text."""
 
     kind = "reft"
@@ -55,20 +56,14 @@ class ReFT(Method):
     """authors: direft's W₂ orthonormal too, as in their code and not in the paper."""
 
     def __post_init__(self) -> None:
-        choices = {
-            "variant": ("loreft", "noreft", "direft"), "init": ("identity", "authors"), "compat": (None, "authors")
-        }  # fmt: skip
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"ReFT({name}={getattr(self, name)!r}): choose one of {', '.join(map(str, allowed))}")
-        for name, least in (("r", 1), ("first", 0), ("last", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"ReFT({name}={value!r}): a whole number of at least {least} is needed")
+        self.check_choice("variant", ("loreft", "noreft", "direft"))
+        self.check_choice("init", ("identity", "authors"))
+        self.check_choice("compat", (None, "authors"))
+        self.check_whole("r")
+        self.check_whole("first", "last", least=0)
         if not self.first + self.last:
             raise ConfigError("ReFT(first=0, last=0) edits no token: one of them is to be 1 or more")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"ReFT(dropout={self.dropout!r}): a probability in [0, 1) is needed")
+        self.check_rate("dropout")
 
     @property
     def orthogonal(self) -> bool:

@@ -3,7 +3,8 @@
     ΔW = B (Σ_i v_i P_i) A,     U S Vᵀ ≈ W,     A = √S Vᵀ (r, in),     B = U √S (out, r)
 
 A and B come from the r largest singular values of W, the P_i (r, r) are random; both are frozen. Only v (u) is trained,
-and `weight_tying` lets several places share one. v starts at zero, so the model starts as the base.
+and `weight_tying` lets several places share one. On an embedding W is the table, and rows of B are looked up. v starts
+at zero, so the model starts as the base.
 
 Parameters: u for each group of places that share v.
 """
@@ -25,6 +26,7 @@ class TinyLoRA(SharingMethod):
     """ΔW = B (Σ_i v_i P_i) A: u trained numbers between frozen factors of W, for one place or for all."""
 
     kind = "tinylora"
+    hosts = frozenset({"linear", "embedding"})
     default_targets = "query,value"
     peft_type = "TINYLORA"
     paper = "Morris et al. 2026, arXiv:2602.04118"

@@ -24,18 +24,19 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from inlay.engine.piece import Method, Piece
+from inlay.engine.piece import Piece
 from inlay.engine.prompts.entry import encoder_of
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.sub_layers import SubLayers
 from inlay.engine.trained_copy import copies
 from inlay.errors import ConfigError, UnsupportedError
 from inlay.pieces.bottlenecks.granular_gate import VARIANTS, gated, refuse_causal, value_adapter
+from inlay.pieces.checks import CheckedMethod
 from inlay.pieces.real_tokens import Real, TellsReal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VLPET(Method):
+class VLPET(CheckedMethod):
     """s · G ⊙ (h + A(h)) in the encoder and W_v z + A(z) in the decoder: gates as fine as the images ask for."""
 
     kind = "vl_pet"
@@ -60,13 +61,9 @@ class VLPET(Method):
     """Train the encoder's normalisation layers too."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("variant", VARIANTS), ("init", ("zero_up", "authors"))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"VLPET({name}={getattr(self, name)!r}): choose one of {', '.join(allowed)}")
-        for name in ("r", "gate_r", "decoder_r"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"VLPET({name}={value!r}): a whole number of at least 1 is needed")
+        self.check_choice("variant", VARIANTS)
+        self.check_choice("init", ("zero_up", "authors"))
+        self.check_whole("r", "gate_r", "decoder_r")
         if self.exclude is not None and self.targets is None:
             raise ConfigError("VLPET has exclude with targets only: its own places go by layers")
         if self.overrides:

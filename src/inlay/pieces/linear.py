@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from inlay.engine.peft_names import overrides_from_peft, peft_pattern, peft_targets, targets_from_peft
 from inlay.engine.piece import Method, Piece, trainable_dtype
 from inlay.engine.sites import Site, SiteIndex
-from inlay.errors import ConfigError, UnsupportedError
+from inlay.errors import UnsupportedError
 from inlay.kernels import dense
 from inlay.kernels import lora as kernel
+from inlay.pieces.checks import CheckedMethod
 
 
 def named(theirs: str, default: Any, pattern: str | None = None) -> Any:
@@ -29,7 +30,7 @@ def named(theirs: str, default: Any, pattern: str | None = None) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearMethod(Method):
+class LinearMethod(CheckedMethod):
     """A method on linears whose fields have names in HF peft."""
 
     peft_constants: ClassVar[tuple[tuple[str, Any], ...]] = ()
@@ -82,36 +83,6 @@ class LinearMethod(Method):
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> list[Method]:
         return [cls(**cls.fields_from_peft(config))]
-
-    # -- checks ------------------------------------------------------------------------------------------------------
-
-    def check_whole(self, *names: str, least: int = 1) -> None:
-        """Raise ConfigError for a field that is no whole number of at least `least`."""
-        for name in names:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                what = f"a whole number of at least {least} is needed"
-                raise ConfigError(f"{type(self).__name__}({name}={value!r}): {what}")
-
-    def check_number(self, *names: str) -> None:
-        """Raise ConfigError for a field that is no number other than 0."""
-        for name in names:
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or not value:
-                raise ConfigError(f"{type(self).__name__}({name}={value!r}): a number other than 0 is needed")
-
-    def check_rate(self, *names: str) -> None:
-        """Raise ConfigError for a field that is no probability below 1."""
-        for name in names:
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < 1:
-                raise ConfigError(f"{type(self).__name__}({name}={value!r}): a probability in [0, 1) is needed")
-
-    def check_choice(self, name: str, choices: Sequence[Any]) -> None:
-        """Raise ConfigError for a field that is none of these."""
-        if getattr(self, name) not in choices:
-            listed = ", ".join(map(str, choices))
-            raise ConfigError(f"{type(self).__name__}({name}={getattr(self, name)!r}): choose one of {listed}")
 
 
 class DeltaPiece(Piece):

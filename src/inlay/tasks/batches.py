@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.errors import ConfigError
+from inlay.tasks.task_ids import telling
 
 T = TypeVar("T")
 
@@ -119,11 +120,12 @@ class Pass:
     progress: bool
     what: str
     """The name of the pass, for its bar."""
+    tasks: Sequence[int] | None = None
+    """The task of each row, for a method of several."""
 
     @contextlib.contextmanager
-    def opened(self, max_length: int) -> Iterator[Pass]:
-        """The pass in eval mode without gradients, once tokenizer and lengths are known to fit the model."""
-        check_fit(self.model, self.tokenizer, max_length)
+    def opened(self) -> Iterator[Pass]:
+        """The pass in eval mode without gradients."""
         if self.batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {self.batch_size}")
         with evaluating(self.model):
@@ -134,12 +136,13 @@ class Pass:
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """(row numbers, batch on the model's device), rows of like length together so that little is padding."""
         rows = features.to_list() if isinstance(features, Dataset) else features
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index].get("input_ids", ())))
         device = next(self.model.parameters()).device
         groups = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         for group in track(groups, self.what, self.progress):
             batch = collate([rows[index] for index in group])
-            yield group, {name: tensor.to(device) for name, tensor in batch.items()}
+            with telling(self.model, self.tasks, group, batch, len(rows)):
+                yield group, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def track(items: list[T], what: str, enabled: bool) -> Iterable[T]:

@@ -91,6 +91,43 @@ TARGET = (
     "label",
 )
 MESSAGES = ("messages", "conversations", "conversation")
+IMAGE = (
+    "image",
+    "img",
+    "image_path",
+    "image_file",
+    "picture",
+    "photo",
+    "file_name",
+    "filename",
+    "file",
+    "path",
+    "pixels",
+)
+AUDIO = (
+    "audio",
+    "sound",
+    "speech",
+    "recording",
+    "wav",
+    "audio_path",
+    "audio_file",
+    "file_name",
+    "filename",
+    "file",
+    "path",
+    "samples",
+)
+FEATURES = (
+    "features",
+    "image_features",
+    "visual_features",
+    "image_embedding",
+    "image_embeddings",
+    "embedding",
+    "embeddings",
+    "visual",
+)
 _LISTS = (List, LargeList)
 _IDENTIFIERS = frozenset({"id", "idx", "index", "guid", "uid", "uuid", "row", "row_id"})
 

@@ -152,7 +152,9 @@ def _folder(folder: Path) -> dict[str, Dataset]:
 
 
 def _shards(paths: list[Path]) -> Dataset:
-    return Dataset(InMemoryTable(pa.concat_tables([read_table(path) for path in paths], promote_options="permissive")))
+    table = pa.concat_tables([read_table(path) for path in paths], promote_options="permissive")
+    together = paths[0].with_name(re.sub(r"-\d{5}-of-", "-*-of-", paths[0].name))  # their folder is known, no line is
+    return Dataset(InMemoryTable(table), info=DatasetInfo(description=f"{ORIGIN}{together}"))
 
 
 def _looks_like_hub_id(source: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,18 +12,31 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from inlay.errors import ConfigError
 from inlay.tasks.batches import Padder, Pass, pad_id
+from inlay.tasks.task import Collator
 
 
-def generate(through: Pass, prompts: list[list[int]], *, max_new_tokens: int, num_beams: int = 1) -> list[str]:
-    """The text that follows each prompt (given as token ids), without special tokens, in the order of the prompts."""
+def generate(
+    through: Pass,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    beside: Sequence[Mapping[str, Any]] = (),
+    wrap: Callable[[Collator], Collator] = lambda text: text,
+) -> list[str]:
+    """The text that follows each prompt (given as token ids), without special tokens, in the order of the prompts.
+
+    `beside` is what each row gives the model beside its prompt, if anything, and `wrap` makes the collator take it.
+    """
     model, tokenizer = through.model, through.tokenizer
     decoder = not model.config.is_encoder_decoder
     if decoder:
         prompts = _within_positions(model, prompts, max_new_tokens)
     side = "left" if decoder else "right"  # a decoder goes on from the last place, which must be a token
-    collate = Padder({"input_ids": pad_id(tokenizer), "attention_mask": 0}, side=side)
+    collate = wrap(Padder({"input_ids": pad_id(tokenizer), "attention_mask": 0}, side=side))
     settings = _settings(model, tokenizer, max_new_tokens, num_beams)
     rows: list[dict[str, Any]] = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in prompts]
+    rows = [row | dict(more) for row, more in zip(rows, beside, strict=True)] if beside else rows
     texts = [""] * len(rows)
     for indices, batch in dataclasses.replace(through, what="generating").batches(rows, collate):
         output: torch.Tensor = model.generate(**batch, generation_config=settings)  # type: ignore[operator]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -29,7 +30,7 @@ def load_tokenizer(model: Source, **kwargs: Any) -> PreTrainedTokenizerBase:
 
     Raises ConfigError when the folder is not there, or holds no tokenizer.
     """
-    folder = _folder_or_hub_id(model)
+    folder = folder_or_hub_id(model)
     advice = "a folder that tokenizer.save_pretrained(…) wrote, or at least its tokenizer.json, is needed"
     if folder.is_dir() and not any(_TOKENIZER_FILE.fullmatch(path.name) for path in folder.iterdir()):
         # transformers would make an empty tokenizer here and say nothing
@@ -65,7 +66,7 @@ def load_pretrained(
     one. The names of parameters that start from random numbers are kept in `model.fresh_parameters`.
     Raises ConfigError (no such model, or not for this purpose) and CheckpointError (damaged or incomplete files).
     """
-    folder = _folder_or_hub_id(model)
+    folder = folder_or_hub_id(model)
     try:
         with quiet():
             if "quantization_config" in kwargs:
@@ -90,11 +91,25 @@ def load_pretrained(
     if (fresh and not new_head) or (fits is not None and not fits(loaded)):
         found = f"{fresh[0]} and {len(fresh) - 1} more tensors are not in its file" if fresh else "it sees both sides"
         raise ConfigError(f"{model} ({loaded.config.model_type}) cannot do {purpose}: {found}")
-    if loaded.config.pad_token_id is None:
+    if getattr(loaded.config, "pad_token_id", 0) is None:  # models of images know no tokens
         eos = loaded.config.eos_token_id
         loaded.config.pad_token_id = eos[0] if isinstance(eos, list) else eos
     loaded.fresh_parameters = tuple(fresh)
     return loaded  # type: ignore[no-any-return]
+
+
+def check_trial(auto: Any, model: PreTrainedModel, batch: dict[str, torch.Tensor], what: str) -> None:
+    """Raise ConfigError where a model of this configuration refuses the batch, seen without weights or arithmetic."""
+    try:
+        with quiet(), torch.device("meta"), torch.no_grad():
+            auto.from_config(model.config).to(model.dtype).eval()(**{key: one.to("meta") for key, one in batch.items()})
+    except (ValueError, RuntimeError) as error:
+        if "meta" in str(error).lower():  # it looks at numbers, which there are none of
+            return
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
+        raise ConfigError(
+            f"this {model.config.model_type} model does not take {what} ({shapes}): {_reason(error)}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -111,7 +126,7 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _folder_or_hub_id(model: Source) -> Path:
+def folder_or_hub_id(model: Source) -> Path:
     """The path of a local model, or the hub id unchanged. Raises ConfigError when it can be neither."""
     path = Path(model).expanduser()
     if path.is_dir():

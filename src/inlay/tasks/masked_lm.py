@@ -29,6 +29,7 @@ from inlay.tasks import columns as named_columns
 from inlay.tasks.batches import IGNORE, Padder, Pass, check_fit, length_limit, padder, summed_loss
 from inlay.tasks.columns import texts
 from inlay.tasks.data import place
+from inlay.tasks.head_positions import logits_at
 from inlay.tasks.loading import load_pretrained, load_tokenizer
 from inlay.tasks.task import Collator, Task
 
@@ -39,6 +40,7 @@ class MaskedLM(Task):
 
     kind: ClassVar[str] = "masked-lm"
     roles: ClassVar[tuple[str, ...]] = ("text",)
+    few_labels: ClassVar[bool] = True
 
     mask_probability: float = 0.15
     """The share of tokens to guess; at least one in every example."""
@@ -121,9 +123,7 @@ class MaskedLM(Task):
         for _, batch in through.batches(features, self._masker(through.tokenizer, through.model, each_row=True)):
             labels = batch.pop("labels")
             chosen = labels != IGNORE
-            logits = (
-                through.model(**batch).logits[:, -labels.shape[1] :][chosen].float()
-            )  # without soft prompts, if any
+            logits = logits_at(through.model, chosen, **batch).float()
             total += summed_loss(logits, labels[chosen])
             right += int((logits.argmax(-1) == labels[chosen]).sum())
             count += int(chosen.sum())

@@ -39,11 +39,17 @@ def epoch(sizes: Mapping[str, int], temperature: float) -> dict[str, int]:
 
 
 def mix(
-    sources: Mapping[str, str | Path | Dataset], *, split: str = "train", temperature: float = 1.0, seed: int = 0
+    sources: Mapping[str, str | Path | Dataset],
+    *,
+    split: str = "train",
+    temperature: float = 1.0,
+    seed: int = 0,
+    named: str | None = None,
 ) -> Dataset:
     """The rows of all sources, by name, in the proportions of `epoch`; of folders, those of the split.
 
-    Only columns that all have are kept. Raises DataError where there are none, or where they do not hold the same.
+    `named`: a further column, which holds the name of each row's source. Only columns that all have are kept. Raises
+    DataError where there are none, or where they do not hold the same.
     """
     if not sources:
         raise DataError(f"the {split} rows are a mixture of nothing: name at least one file")
@@ -65,6 +71,8 @@ def mix(
                     f"{source_name(rows)}: column {column!r} holds {kind[column]}, and {kinds[0][column]} in "
                     f"{source_name(first)}: one mixture needs one kind"
                 )
+    if named is not None:
+        parts = [rows.add_column(named, [name] * len(rows)) for name, rows in zip(read, parts, strict=True)]
     mixed = concatenate_datasets(parts)
     mixed.info.description = f"{ORIGIN}the mixture of {', '.join(read)}"
     return mixed

@@ -51,7 +51,7 @@ def left_whole(auto: Any, model: str) -> list[str]:
     with torch.device("meta"):
         skeleton = auto.from_config(AutoConfig.from_pretrained(model))
     poolers = {path for path, _ in skeleton.named_modules() if path.rpartition(".")[2] == "pooler"}
-    return sorted({*heads(skeleton), *poolers})
+    return sorted({*heads(skeleton), *poolers, *getattr(auto, "left_whole", ())})
 
 
 def check_load(load: Any) -> str:

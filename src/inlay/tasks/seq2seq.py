@@ -7,7 +7,7 @@ tokens; evaluated by that loss, and by generating: exact match always, ROUGE and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -104,20 +104,39 @@ class Seq2Seq(Task):
         if several is None and train:
             raise DataError(f"{source_name(rows)} has no column {self.column('target')!r} to train on")
         targets: list[str] = []
+        besides = self.beside(rows)
         if several is not None:
             kept = [found if train else found[:1] for found in several]
             sources = [source for source, found in zip(sources, kept, strict=True) for _ in found]
+            besides = [more for more, found in zip(besides, kept, strict=True) for _ in found] if besides else []
             targets = [target for found in kept for target in found]
         encoded = dict(tokenizer(sources, truncation=True, max_length=length_limit(tokenizer, self.max_length)))
         if targets:
             limit = length_limit(tokenizer, self.max_target_length)
             encoded["labels"] = tokenizer(text_target=targets, truncation=True, max_length=limit)["input_ids"]
+        encoded |= {name: [more[name] for more in besides] for name in besides[0]} if besides else {}
         return Dataset.from_dict(encoded)
+
+    def beside(self, rows: Dataset) -> list[dict[str, Any]]:
+        """What else a row gives the encoder beside its source: for each row the same columns, or nothing at all."""
+        return []
+
+    def wrap(self, model: PreTrainedModel) -> Callable[[Collator], Collator]:
+        """From a collator of sources and targets to one that takes `beside` too."""
+        return lambda text: text
+
+    @override
+    def check_fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_fit(model, tokenizer, max(self.max_length, self.max_target_length))
 
     @override
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Collator:
-        check_fit(model, tokenizer, max(self.max_length, self.max_target_length))
-        return padder(tokenizer, model, labels=IGNORE)
+        self.check_fit(model, tokenizer)
+        return self.batcher(tokenizer, model)
+
+    def batcher(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Collator:
+        """The collator, for a tokenizer and a model that are known to fit."""
+        return self.wrap(model)(padder(tokenizer, model, labels=IGNORE))
 
     @override
     def labelled(self, rows: Dataset) -> bool:
@@ -129,7 +148,7 @@ class Seq2Seq(Task):
         several = need_references(rows, self.column("target"))
         features = self.features(rows, through.tokenizer, train=False)
         total, count = 0.0, 0
-        for _, batch in through.batches(features, padder(through.tokenizer, through.model, labels=IGNORE)):
+        for _, batch in through.batches(features, self.batcher(through.tokenizer, through.model)):
             labels = batch["labels"]
             total += summed_loss(through.model(**batch).logits[:, -labels.shape[1] :].float(), labels)
             count += int((labels != IGNORE).sum())
@@ -142,5 +161,12 @@ class Seq2Seq(Task):
         """{"source", "generation"} a row."""
         sources, limit = self._sources(rows), length_limit(through.tokenizer, self.max_length)
         ids = through.tokenizer(sources, truncation=True, max_length=limit)["input_ids"]
-        found = generate(through, ids, max_new_tokens=self.max_target_length, num_beams=self.num_beams)
+        found = generate(
+            through,
+            ids,
+            max_new_tokens=self.max_target_length,
+            num_beams=self.num_beams,
+            beside=self.beside(rows),
+            wrap=self.wrap(through.model),
+        )
         return [{"source": source, "generation": text} for source, text in zip(sources, found, strict=True)]

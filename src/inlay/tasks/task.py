@@ -37,21 +37,28 @@ SUPPORT = frozenset(
         "batches",
         "chat",
         "class_metrics",
+        "classification",
         "columns",
         "data",
         "generation",
+        "head_positions",
         "labels",
         "loading",
+        "media",
         "mixture",
         "packing",
+        "pictures",
         "prompts",
         "quantised",
         "readers",
+        "sounds",
         "spans",
         "task",
+        "task_ids",
         "text_metrics",
         "trimmed_model",
         "trimmed_tokenizer",
+        "visual",
         "vocabulary",
     }
 )
@@ -68,6 +75,8 @@ class Task:
 
     kind: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
+    few_labels: ClassVar[bool] = False
+    """Whether the loss is a mean over few labelled positions, each by itself, of a head that costs much at each."""
 
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Role -> column name, such as {"text": "sentence", "label": "y"}."""
@@ -75,9 +84,17 @@ class Task:
     """The roles whose columns were recognised by `resolve` rather than given."""
     max_length: int = 128
     """Tokens in an example at most, special tokens included."""
+    task_id_column: str | None = None
+    """The column that says which task a row is of, where the run's method learns several (`task_ids.py`)."""
+    task_names: tuple[str, ...] = ()
+    """These tasks, in the order of their numbers."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "features" in cls.__dict__:
+            from inlay.tasks.task_ids import with_ids
+
+            cls.features = with_ids(cls.features)  # type: ignore[method-assign]
         if "kind" in cls.__dict__:
             TASKS[cls.kind] = cls
 
@@ -163,6 +180,12 @@ class Task:
         """Tokenised rows with the columns that the model takes, and "labels" where the rows have them."""
         raise NotImplementedError
 
+    def check_fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise ConfigError when the tokenizer is not this model's, or an example can be more than it takes."""
+        from inlay.tasks.batches import check_fit
+
+        check_fit(model, tokenizer, self.max_length)
+
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Collator:
         """The function from features to one padded batch of tensors. Raises ConfigError where the two do not fit."""
         raise NotImplementedError
@@ -178,8 +201,11 @@ class Task:
     ) -> dict[str, float]:
         """The task's metrics on rows that have labels. The model's training flags are left as they were."""
         from inlay.tasks.batches import Pass
+        from inlay.tasks.task_ids import ids_of
 
-        with Pass(model, tokenizer, batch_size, progress, "evaluating").opened(self.max_length) as through:
+        self.check_fit(model, tokenizer)
+        tasks = ids_of(self, rows)
+        with Pass(model, tokenizer, batch_size, progress, "evaluating", tasks).opened() as through:
             return self.scores(rows, through)
 
     def predict(
@@ -193,9 +219,16 @@ class Task:
     ) -> list[dict[str, Any]]:
         """One JSON-able result a row, in the order of the rows, which need no labels."""
         from inlay.tasks.batches import Pass
+        from inlay.tasks.task_ids import ids_of
 
-        with Pass(model, tokenizer, batch_size, progress, "predicting").opened(self.max_length) as through:
+        self.check_fit(model, tokenizer)
+        tasks = ids_of(self, rows)
+        with Pass(model, tokenizer, batch_size, progress, "predicting", tasks).opened() as through:
             return self.answers(rows, through)
+
+    def probe(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Batch | None:
+        """A few examples on which two models can be compared; None where a few sentences will do."""
+        return None
 
     def labelled(self, rows: Dataset) -> bool:
         """Whether the rows have what `evaluate` compares with; a published test split often has not."""
@@ -214,6 +247,8 @@ class Task:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON or YAML, read back by `Task.from_dict`."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.task_id_column is None:
+            del plain["task_id_column"], plain["task_names"]
         return {"kind": self.kind} | {name: _plain(value) for name, value in plain.items()}
 
     @staticmethod

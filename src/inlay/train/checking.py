@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from inlay.engine.adapters import adapters_of, attach
 from inlay.engine.summary import summary
 from inlay.train.inspect import folded
+from inlay.train.loaded import arrange
 from inlay.train.prepare import prepare, whole_modules
 from inlay.train.run import Run
 
@@ -41,6 +42,7 @@ def check(run: Run) -> Check:
     """
     ready = prepare(run)
     attach(ready.model, ready.methods, modules_to_save=whole_modules(ready.model, run))
+    arrange(ready.model, run)
     first = ready.splits["train"].select(range(min(LOOKED_AT, len(ready.splits["train"]))))
     features = list(ready.task.features(first, ready.tokenizer, train=True))
     ready.task.collator(ready.tokenizer, ready.model)([dict(feature) for feature in features])

@@ -19,13 +19,14 @@ from inlay.engine import files
 from inlay.engine.adapters import attach, detach
 from inlay.engine.checkpoint import own_entry, read_methods
 from inlay.engine.piece import Method
-from inlay.engine.registry import all_methods, method_class
+from inlay.engine.registry import all_methods, method_class, over_adapters
 from inlay.engine.sites import SiteIndex
 from inlay.engine.summary import summary
 from inlay.engine.trained_copy import ModulesToSave
 from inlay.errors import ConfigError, InlayError
-from inlay.tasks.loading import quiet
-from inlay.train.record import ADAPTER, RECORD_FILE, Record
+from inlay.tasks.loading import folder_or_hub_id, quiet
+from inlay.train.record import ADAPTER, RECORD_FILE, RUN_FILE, Record
+from inlay.train.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,10 @@ class AdapterFolder:
     modules_to_save: tuple[str, ...]
     record: Record | None
     """Of the run that made it, where that lies beside it."""
+    adapters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """The adapters of other runs that this run was made on, and where they came from."""
+    compose: Any = None
+    """How they run with its own."""
 
 
 def show(place: str | Path) -> AdapterFolder | list[Places]:
@@ -96,7 +101,9 @@ def show(place: str | Path) -> AdapterFolder | list[Places]:
     run = folder if (folder / ADAPTER / files.CONFIG).is_file() else folder.parent
     for candidate in (folder, folder / ADAPTER):
         if (candidate / files.CONFIG).is_file() or any((candidate / name).exists() for name in files.PICKLES):
-            return _show_adapter(candidate, Record.read(run) if (run / RECORD_FILE).is_file() else None)
+            found = _show_adapter(candidate, Record.read(run) if (run / RECORD_FILE).is_file() else None)
+            made = Run.from_yaml(run / RUN_FILE) if (run / RUN_FILE).is_file() else None
+            return found if made is None else dataclasses.replace(found, adapters=made.adapters, compose=made.compose)
     return places(skeleton(str(place)))
 
 
@@ -122,12 +129,12 @@ def _show_adapter(folder: Path, record: Record | None) -> AdapterFolder:
 
 def skeleton(name: str) -> nn.Module:
     """The model that a folder's or hub id's config.json describes, without its weights (on the meta device)."""
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.exists() and not (path / "config.json").is_file():
         raise ConfigError(f"{name} holds neither an adapter (adapter_config.json) nor a model (config.json)")
     try:
         with quiet():
-            config = transformers.AutoConfig.from_pretrained(name)
+            config = transformers.AutoConfig.from_pretrained(str(folder_or_hub_id(name)))
     except (OSError, ValueError) as error:
         raise ConfigError(f"no model can be had from {name}: {' '.join(str(error).split())[:200]}") from error
     kinds = [getattr(transformers, kind, None) for kind in getattr(config, "architectures", None) or ()]
@@ -171,11 +178,14 @@ class MethodRow:
 
 
 def methods(kind: str | None = None, model: str | None = None) -> list[MethodRow]:
-    """Every method (or one): its kind, the class, what it computes, the paper, HF peft's name for it, and its fields.
+    """Every method (or one), those over other adapters last: its kind, the class, what it computes, the paper, HF
+    peft's name for it, and its fields.
 
     `model`: a folder or hub id, in which the parameters of each are counted; its weights are not read.
     """
     classes = all_methods() if kind is None else [method_class(kind)]
+    if kind is None and model is None:  # what these train depends on the adapters
+        classes += over_adapters()
     base = None if model is None else skeleton(model)
     return [
         MethodRow(

@@ -23,6 +23,8 @@ from inlay.tasks.data import read_splits
 from inlay.tasks.mixture import mix
 from inlay.tasks.quantised import loading
 from inlay.tasks.task import make_task
+from inlay.tasks.task_ids import SOURCE
+from inlay.train import loaded, several
 from inlay.train.arguments import resolved
 from inlay.train.run import Run
 from inlay.train.trainer import Numbered, SeededCollator, untouched_random_states
@@ -76,20 +78,22 @@ def training_batches(ready: Prepared) -> Callable[[], Iterator[Mapping[str, Any]
     return batches
 
 
-def splits_of(run: Run) -> dict[str, Any]:
-    """The run's rows by split, whichever there are."""
+def splits_of(run: Run, column: str | None = None) -> dict[str, Any]:
+    """The run's rows by split, whichever there are; `column` may be the one that names the sources of mixtures."""
     splits = dict(read_splits(run.data.path)) if run.data.path is not None else {}
     named: dict[str, Any] = dict(run.data.named())
     for split, source in named.items():
         if isinstance(source, Mapping):
             temperature = run.data.temperature if split == "train" else 1.0
-            named[split] = mix(source, split=split, temperature=temperature, seed=run.seed)
+            named[split] = mix(
+                source, split=split, temperature=temperature, seed=run.seed, named=SOURCE if column == SOURCE else None
+            )
     return {**splits, **read_splits(named)} if named else splits
 
 
-def rows_of(run: Run) -> dict[str, Any]:
+def rows_of(run: Run, column: str | None = None) -> dict[str, Any]:
     """The run's rows by split. Raises DataError when there are none to train on."""
-    splits = splits_of(run)
+    splits = splits_of(run, column)
     if "train" not in splits:
         have = f"the data has only {', '.join(splits)}" if splits else "no data is named"
         raise DataError(f"there are no rows to train on ({have}): give --train FILE, or `data: {{train: FILE}}`")
@@ -105,18 +109,28 @@ def task_of(run: Run) -> Any:
 
 
 def prepare(run: Run, *, show: bool = True, say: Say | None = None) -> Prepared:
-    """Read the rows, resolve the task on them, load tokenizer and model, and write out every default; then show the
-    methods that want to see data some, unless `show` is false (`say` is told how far that has come).
+    """Read the rows, resolve the task on them, load tokenizer, model and the run's other adapters, and write out every
+    default; then show the methods that want to see data some, unless `show` is false (a run that goes on: its adapters
+    are then those that it has kept). `say` is told how far that has come.
 
     Raises an InlayError, before anything slow is done, for whatever in the run cannot work.
     """
-    methods = run.methods()
+    run.methods()
+    column = several.task_column(run)
+    others = loaded.sources(run) if show else loaded.kept(run, Path(run.out))
     task = task_of(run)
-    splits = rows_of(run)
-    task = task.resolve(splits)
+    splits = rows_of(run, column)
+    run, task = several.told(run, task.resolve(several.hidden(splits, column)), splits, column)
+    methods = run.methods()
     set_seed(run.seed)  # a new head starts from random numbers
     tokenizer = task.load_tokenizer(run.model)
     model = task.load_model(run.model, **loading(run.load, run.dtype))
+    with untouched_random_states():
+        loaded.load_others(model, others, task)
+    loaded.beneath(model, run)
+    if show and say is not None:
+        for line in loaded.advice(others):
+            say(line)
     ready = Prepared(
         run=resolved(run, methods, len(splits["train"]), "validation" in splits),
         task=task,

@@ -20,7 +20,9 @@ from inlay.train.run import Run
 
 RUN_FILE, TASK_FILE, CURVE_FILE, CHART_FILE = "run.yaml", "task.json", "metrics.jsonl", "loss.svg"
 RECORD_FILE, CARD_FILE, ADAPTER, CHECKPOINTS = "record.json", "README.md", "adapter", "checkpoints"
-LEFT_BY_A_RUN = (RUN_FILE, TASK_FILE, CURVE_FILE, CHART_FILE, RECORD_FILE, CARD_FILE, ADAPTER, CHECKPOINTS)
+OTHERS = "adapters"
+"""Copies of the adapters of other runs that a run was made on."""
+LEFT_BY_A_RUN = (RUN_FILE, TASK_FILE, CURVE_FILE, CHART_FILE, RECORD_FILE, CARD_FILE, ADAPTER, CHECKPOINTS, OTHERS)
 """Everything in a run's folder."""
 
 
@@ -123,6 +125,17 @@ def measured(figures: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
 
 
+def _in_python(out: str, run: Run) -> str:
+    """The calls that set a run's adapters into a model."""
+    calls = [f"inlay.load(model, {f'{out}/{OTHERS}/{name}'!r}, name={name!r})" for name in run.adapters]
+    calls.append(f"inlay.load(model, {f'{out}/{ADAPTER}'!r})")
+    if run.adapters or run.compose is not None:
+        from inlay.combining.trees import whole
+
+        calls.append(f"inlay.activate(model, {whole(run.compose)!r})")
+    return ", ".join(f"`{call}`" for call in calls)
+
+
 def model_card(record: Record, run: Run, summary: str) -> str:
     """The `README.md` of a run's folder, with the front matter that the hub reads."""
     kinds = " + ".join(str(method["kind"]) for method in run.method)
@@ -164,7 +177,7 @@ def model_card(record: Record, run: Run, summary: str) -> str:
         f"inlay merge {record.out} --out FOLDER      # a plain transformers model",
         "```",
         "",
-        f"or from Python, on a base model that you loaded yourself: `inlay.load(model, {record.out + '/adapter'!r})`.",
+        f"or from Python, on a base model that you loaded yourself: {_in_python(record.out, run)}.",
         "",
         "## How it was made",
         "",

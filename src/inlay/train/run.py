@@ -7,6 +7,8 @@
     method: {kind: lora, r: 16}         # or a name, or a list of these
     train: {learning_rate: 1e-3}        # transformers' own names
     out: runs/lora
+    adapters: {sst2: runs/sst2}         # of other runs, loaded first and frozen (`others.py`)
+    compose: sst2                       # what runs beneath the new adapter, or around it
 
 Reading and checking a run imports neither torch nor transformers.
 """
@@ -24,6 +26,7 @@ import yaml
 from inlay.engine import catalogue
 from inlay.errors import ConfigError, did_you_mean
 from inlay.tasks.quantised import check_load
+from inlay.train import others
 from inlay.train import settings as read
 from inlay.train.optimisation import Optimisation
 from inlay.train.options import Options
@@ -87,6 +90,12 @@ class Run:
     """Of the base model's weights: auto (as saved), float32, bfloat16, float16."""
     load: str = "auto"
     """How the base is held: auto (as saved), 4bit (NF4, as in QLoRA) or 8bit; then dtype is what it computes in."""
+    adapters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Adapters of other runs by name, {"sst2": "runs/sst2"}: loaded before the method, and frozen."""
+    compose: Any = None
+    """How they run with this run's own, "default": a name, or such as {"stack": ["sst2", "default"]} (plain data)."""
+    task_id_column: str | None = None
+    """Which column says the task of a row, for methods of several tasks; by default the source in a mixture."""
 
     def __post_init__(self) -> None:
         fixed: dict[str, Any] = {
@@ -99,7 +108,11 @@ class Run:
             "seed": read.check_type(self.seed, "int", "seed"),
             "max_length": read.check_type(self.max_length, "int | None", "max_length"),
             "modules_to_save": _names(self.modules_to_save, "modules_to_save"),
+            "task_id_column": None if self.task_id_column is None else _text(self.task_id_column, "task_id_column"),
+            "adapters": others.adapters_from(self.adapters),
         }
+        fixed["method"] = [others.over_adapters(method, fixed["adapters"]) for method in fixed["method"]]
+        fixed["compose"] = others.composition_from(self.compose, fixed["adapters"], fixed["method"])
         if self.max_length is not None and self.max_length < 1:
             raise ConfigError(f"max_length is a number of tokens, at least 1; got {self.max_length}")
         if self.dtype not in (dtypes := ["auto", "float32", "bfloat16", "float16"]):
@@ -146,7 +159,7 @@ class Run:
         for key, value in (flags or {}).items():
             if value is None or value in ([], {}):
                 continue
-            if isinstance(value, Mapping) and isinstance(settings.get(key), Mapping):
+            if key != "compose" and isinstance(value, Mapping) and isinstance(settings.get(key), Mapping):
                 settings[key] = {**settings[key], **value}
             else:
                 settings[key] = value
@@ -179,6 +192,9 @@ class Run:
             "modules_to_save": None if self.modules_to_save is None else list(self.modules_to_save),
             "dtype": self.dtype,
             "load": self.load,
+            "task_id_column": self.task_id_column,
+            "adapters": dict(self.adapters),
+            "compose": self.compose,
         }
         return {key: value for key, value in settings.items() if value is not None and value != {}}
 
@@ -300,8 +316,10 @@ def _method(value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
         value = read.renamed(value, read.METHOD_ALIASES, "method")
     fields = _with_kind(value, "method")
-    kinds = catalogue.kinds()
+    kinds = [*catalogue.kinds(), *catalogue.combining()]
     kind = fields["kind"] if fields["kind"] in kinds else fields["kind"].lower().replace("-", "_")
+    if kind in others.SHORT:
+        return {**others.SHORT[kind], **{name: given for name, given in fields.items() if name != "kind"}}
     if kind not in kinds:
         near = did_you_mean(kind, kinds)
         raise ConfigError(f"there is no method {fields['kind']!r}{near} (`inlay methods` lists them all)")

@@ -74,7 +74,15 @@ What they may be is checked in `options.py` and `optimisation.py`."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number: YAML 1.1 wants a dot in it, and nobody writes one."""
+    """YAML in which `1e-3` is a number (YAML 1.1 wants a dot in it, and nobody writes one), and no key comes twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """The mapping. YAMLError where the last of two entries would have won."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _BOOL = "tag:yaml.org,2002:bool"

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from inlay.engine.adapters import attach, detach
+from inlay.engine.adapters import attach
 from inlay.engine.checkpoint import load, save
 from inlay.engine.summary import Summary, summary
 from inlay.errors import ConfigError, InlayError, TrainingError
-from inlay.train import arguments
+from inlay.train import arguments, loaded
 from inlay.train.activations import ActivationBudget
 from inlay.train.around import Around
 from inlay.train.cache import FrozenCache
@@ -22,6 +22,7 @@ from inlay.train.callbacks import Curve, Progress, Stop
 from inlay.train.chart import loss_chart
 from inlay.train.checkpoints import checkpoints, last_checkpoint, recover, step_of
 from inlay.train.files import MARKER, folder_bytes, staged, write_json, write_text
+from inlay.train.head_at_labels import HeadAtLabels
 from inlay.train.head_loss import ChunkedHeadLoss
 from inlay.train.optimisation import Optimisation
 from inlay.train.options import Options
@@ -70,6 +71,7 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
         load(ready.model, checkpoint, trainable=True)
     else:
         attach(ready.model, ready.methods, modules_to_save=whole_modules(ready.model, run))
+    loaded.arrange(ready.model, run)
     counts = summary(ready.model)
     if progress:
         print(f"{ready.task.describe()}\n{counts}", file=sys.stderr, flush=True)
@@ -80,6 +82,8 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False, progress: 
             clear(out)
         write_text(out / RUN_FILE, ready.run.to_yaml())
         write_json(out / TASK_FILE, ready.task.to_dict())
+        if not resume:
+            loaded.keep(run, loaded.sources(run))
     with _nothing_left_of_no_start(trainer, out, resume):
         fit(trainer, stop, out)
     if any(row.ranks for row in counts.rows):  # which training has decided
@@ -207,7 +211,7 @@ def make_trainer(ready: Prepared, out: Path, checkpoint: Path | None, progress: 
         metric=task.primary_metric,
         resume=checkpoint,
         callbacks=[stop, *bars],
-        around=around_forward(Options.of(ready.run.train), say),
+        around=[HeadAtLabels()] * task.few_labels + around_forward(Options.of(ready.run.train), say),
         optimisation=Optimisation.of(ready.run.train),
         say=say,
     )
@@ -269,8 +273,7 @@ def _put_in_place(ready: Prepared, trainer: Trainer, out: Path, best: bool) -> N
 
 def measure(ready: Prepared, trainer: Trainer, out: Path) -> dict[str, dict[str, float]]:
     """The metrics of the adapter as it was saved: it is read back first, so a number here is a number of the file."""
-    detach(ready.model)
-    load(ready.model, out / ADAPTER)
+    loaded.read_back(ready.model, ready.run, out / ADAPTER)
     size = trainer.args.per_device_eval_batch_size
     return {
         split: measured(ready.task.evaluate(ready.model, ready.tokenizer, ready.splits[split], batch_size=size))

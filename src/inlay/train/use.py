@@ -21,6 +21,7 @@ from inlay.tasks.data import read_splits
 from inlay.tasks.loading import quiet
 from inlay.tasks.quantised import loading
 from inlay.tasks.task import Task
+from inlay.train import loaded, several
 from inlay.train.files import staged, write_text
 from inlay.train.prepare import splits_of
 from inlay.train.record import ADAPTER, RUN_FILE, TASK_FILE, measured
@@ -49,10 +50,13 @@ class Loaded:
     model: Any
 
 
-def open_run(folder: str | Path, *, plain: bool = False) -> Loaded:
+def open_run(
+    folder: str | Path, *, plain: bool = False, adapters: Mapping[str, str] | None = None, compose: Any = None
+) -> Loaded:
     """Base model with adapter, task and tokenizer of a run. CheckpointError when the folder holds no whole run.
 
-    `plain`: the base as it was saved, also where the run held it quantised.
+    `plain`: the base as it was saved, also where the run held it quantised. `adapters` and `compose` are those of a
+    `Run`: more adapters of other runs, and another way to run them all.
     """
     folder = Path(folder)
     if folder.name == ADAPTER and not (folder / RUN_FILE).exists() and (folder.parent / RUN_FILE).exists():
@@ -68,20 +72,40 @@ def open_run(folder: str | Path, *, plain: bool = False) -> Loaded:
     if not (folder / ADAPTER).is_dir():
         raise CheckpointError(f"the run in {folder} has not ended: go on with inlay train --resume --out {folder}")
     run = Run.from_yaml(folder / RUN_FILE)
+    others = loaded.kept(run, folder)
+    run, others = _composed(run, others, adapters or {}, compose)
     try:
         task: Any = Task.from_dict(json.loads((folder / TASK_FILE).read_text(encoding="utf-8")))
     except ValueError as error:
         raise CheckpointError(f"{folder / TASK_FILE} is damaged: {error}") from error
     model: Any = task.load_model(run.model, **loading("auto" if plain else run.load, run.dtype))
+    loaded.load_others(model, others, task)
     load(model, folder / ADAPTER)
+    loaded.arrange(model, run, None if compose is None else adapters or ())
     if torch.cuda.is_available():
         model.to("cuda")
     return Loaded(run, task, task.load_tokenizer(run.model), model.eval())
 
 
-def rows_for(run: Run, data: Any, split: str | None = None) -> Any:
+def _composed(
+    run: Run, kept: Mapping[str, Path], adapters: Mapping[str, str], compose: Any
+) -> tuple[Run, dict[str, Path]]:
+    """The run with more adapters and another composition, and the folders of all its adapters."""
+    if compose is None and not adapters:
+        return run, dict(kept)
+    if compose is None:
+        names = ", ".join(adapters)
+        raise ConfigError(f"nothing says how {names} should run: add --compose, as in --compose '[{names}, default]'")
+    for name in adapters:
+        if name in kept:
+            raise ConfigError(f"the run has an adapter {name!r} already (of {run.adapters[name]}): choose another name")
+    more = {name: loaded.folder_of(folder, f"adapters.{name}") for name, folder in adapters.items()}
+    return run.replace(adapters={**run.adapters, **adapters}, compose=compose), {**kept, **more}
+
+
+def rows_for(run: Run, data: Any, split: str | None = None, column: str | None = None) -> Any:
     """The rows to use: a file, a `datasets` object, a split of a folder or hub id; by default the run's test rows."""
-    splits = read_splits(data) if data is not None else splits_of(run)
+    splits = read_splits(data) if data is not None else splits_of(run, column)
     if split is None:
         split = (
             "train"
@@ -96,15 +120,27 @@ def rows_for(run: Run, data: Any, split: str | None = None) -> Any:
 
 
 def evaluate(
-    folder: str | Path, data: Any = None, *, split: str | None = None, batch_size: int = 32, progress: bool = False
+    folder: str | Path,
+    data: Any = None,
+    *,
+    split: str | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+    adapters: Mapping[str, str] | None = None,
+    compose: Any = None,
+    task_id: str | None = None,
+    task_id_column: str | None = None,
 ) -> dict[str, float]:
     """The task's metrics of a run's adapter on `data` (a file, folder, hub id or `datasets` object).
 
-    Raises CheckpointError for the folder, DataError for the rows.
+    `adapters` and `compose`: with those of other runs, as in a `Run`. Of a method that learned several tasks,
+    `task_id` names the task of all rows, `task_id_column` the column that says it. Raises CheckpointError for the
+    folder, DataError for the rows.
     """
-    opened = open_run(folder)
-    rows = rows_for(opened.run, data, split)
-    found = opened.task.evaluate(opened.model, opened.tokenizer, rows, batch_size=batch_size, progress=progress)
+    opened = open_run(folder, adapters=adapters, compose=compose)
+    rows = rows_for(opened.run, data, split, opened.task.task_id_column)
+    task, rows = several.asked(opened.task, rows, task_id, task_id_column)
+    found = task.evaluate(opened.model, opened.tokenizer, rows, batch_size=batch_size, progress=progress)
     return measured(found)
 
 
@@ -116,18 +152,36 @@ def predict(
     split: str | None = None,
     batch_size: int = 32,
     progress: bool = False,
+    adapters: Mapping[str, str] | None = None,
+    compose: Any = None,
+    task_id: str | None = None,
+    task_id_column: str | None = None,
 ) -> list[dict[str, Any]]:
-    """A prediction for each row; also written to `out` (.jsonl, .json or .csv), beside its place and renamed."""
+    """A prediction for each row; also written to `out` (.jsonl, .json or .csv), beside its place and renamed.
+
+    `adapters`, `compose`, `task_id` and `task_id_column` as in `evaluate`.
+    """
+    check_writable(out)
+    opened = open_run(folder, adapters=adapters, compose=compose)
+    rows = rows_for(opened.run, data, split, opened.task.task_id_column)
+    task, rows = several.asked(opened.task, rows, task_id, task_id_column)
+    found = task.predict(opened.model, opened.tokenizer, rows, batch_size=batch_size, progress=progress)
+    predictions: list[dict[str, Any]] = [dict(row) for row in found]
+    write_predictions(predictions, out)
+    return predictions
+
+
+def check_writable(out: str | Path | None) -> None:
+    """Raise ConfigError for a file name by which nobody can tell how predictions are to be written."""
     if out is not None and Path(out).suffix not in _WRITERS:
         near = did_you_mean(Path(out).suffix, _WRITERS)
         raise ConfigError(f"--out {out}: predictions are written as {', '.join(_WRITERS)}{near}")
-    opened = open_run(folder)
-    rows = rows_for(opened.run, data, split)
-    found = opened.task.predict(opened.model, opened.tokenizer, rows, batch_size=batch_size, progress=progress)
-    predictions: list[dict[str, Any]] = [dict(row) for row in found]
+
+
+def write_predictions(predictions: list[dict[str, Any]], out: str | Path | None) -> None:
+    """Write predictions as the file's name says (.jsonl, .json, .csv), if there is one."""
     if out is not None:
         write_text(out, _WRITERS[Path(out).suffix](predictions))
-    return predictions
 
 
 def _as_csv(rows: list[dict[str, Any]]) -> str:
@@ -173,7 +227,8 @@ def merge(folder: str | Path, out: str | Path, *, tolerance: float | None = None
         raise ConfigError(f"--out {out} is there already: choose another folder, or --overwrite to replace it")
     opened = open_run(folder, plain=True)
     model, tokenizer = opened.model, opened.tokenizer
-    batch = _probe(model, tokenizer)
+    batch = _probe(opened)
+    count = len(next(iter(batch.values())))
     before = _logits(model, batch)
     quantised = _logits(open_run(folder).model, batch) if opened.run.load != "auto" else before
     merge_adapters(model)
@@ -188,15 +243,19 @@ def merge(folder: str | Path, out: str | Path, *, tolerance: float | None = None
         difference = (_logits(again, batch) - before).abs().max().item()
         if not difference <= tolerance:
             raise CheckpointError(
-                f"the merged model is not the same: its logits differ by up to {difference:.3g} on {len(PROBE)} "
-                f"sentences, more than {tolerance:.3g}. Nothing was written. A base in half precision rounds more: "
+                f"the merged model is not the same: its logits differ by up to {difference:.3g} on {count} "
+                f"{'sentences' if 'input_ids' in batch else 'examples'}, more than {tolerance:.3g}. Nothing was "
+                "written. A base in half precision rounds more: "
                 "merge it in float32 (dtype: float32 in run.yaml), or allow it with --tolerance"
             )
-    return Merged(str(out), difference, tolerance, len(PROBE), (quantised - before).abs().mean().item())
+    return Merged(str(out), difference, tolerance, count, (quantised - before).abs().mean().item())
 
 
-def _probe(model: nn.Module, tokenizer: Any) -> dict[str, Tensor]:
-    batch = dict(tokenizer(list(PROBE), padding=True, return_tensors="pt"))
+def _probe(opened: Loaded) -> dict[str, Tensor]:
+    model, tokenizer = opened.model, opened.tokenizer
+    batch = opened.task.probe(model, tokenizer)
+    if batch is None:
+        batch = dict(tokenizer(list(PROBE), padding=True, return_tensors="pt"))
     if getattr(model.config, "is_encoder_decoder", False):
         batch["decoder_input_ids"] = batch["input_ids"]
     device = next(model.parameters()).device
@@ -206,6 +265,8 @@ def _probe(model: nn.Module, tokenizer: Any) -> dict[str, Tensor]:
 @torch.no_grad()
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     logits: Tensor = model(**batch).logits
+    if "attention_mask" not in batch:
+        return logits.float()
     mask = batch["attention_mask"].bool()
     if logits.dim() == 3 and logits.shape[:2] == mask.shape and "decoder_input_ids" not in batch:
         logits = logits[mask]  # what stands at padding is nobody's answer

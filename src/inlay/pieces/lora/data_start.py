@@ -57,6 +57,9 @@ class DataStart:
     kind: str
     rho: float = 2.0
     """For eva: a place gets at most rho · r ranks; 1: r everywhere."""
+    whiten: bool | str = False
+    """For eva: divide each direction by the spread of the inputs along it, so that A x varies by 1 in each; "authors":
+    by the root of the singular value, as HF peft does, which depends on the number of rows."""
     mode: str = "ipm"
     """For corda: "ipm" trains what matters most for the rows seen, "kpm" what matters least."""
     gamma: float = 16
@@ -71,6 +74,8 @@ class DataStart:
             raise ConfigError(f"init={{'kind': {self.kind!r}}}: choose one of {', '.join(DATA_INITS)}")
         if not isinstance(self.rho, int | float) or isinstance(self.rho, bool) or not 1 <= self.rho < float("inf"):
             raise ConfigError(f"init: rho={self.rho!r}: a number of at least 1 is needed; 1 gives every place rank r")
+        if self.whiten not in (True, False, "authors"):
+            raise ConfigError(f"init: whiten={self.whiten!r}: choose one of True, False, authors")
         if self.mode not in MODES:
             raise ConfigError(f"init: mode={self.mode!r}: choose one of {', '.join(MODES)}")
         if not isinstance(self.gamma, int | float) or isinstance(self.gamma, bool) or not 0 < self.gamma < float("inf"):
@@ -278,7 +283,8 @@ def _eva(method: Any, start: DataStart, here: Mapping[Site, Any], seen: Mapping[
                 f"init='eva' takes r={own.r} directions of what {site.name} reads, and there are {most} in the "
                 f"{one.count} rows seen: look at more batches, or choose a smaller r"
             )
-        vectors[site.name], shares[site.name] = axes[:most].float(), values[:most] / total
+        lengths = _lengths(values[:most], one.count, start.whiten)
+        vectors[site.name], shares[site.name] = (axes[:most] * lengths[:, None]).float(), values[:most] / total
     ranks = ranks_by_share(shares, sum(own.r for site, own in here.items() if site.name in seen))
     found = {name: (axes[: ranks[name]].clone(), None) for name, axes in vectors.items()}
     start = dataclasses.replace(start, found=found)
@@ -307,6 +313,13 @@ def _directions(seen: Moments) -> tuple[Tensor, Tensor, Tensor]:
     axes = axes[:kept]
     signs = axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
     return values[:kept], axes * signs, values.sum()
+
+
+def _lengths(values: Tensor, count: int, whiten: bool | str) -> Tensor:
+    """How long A's rows are, for variances times the number of rows."""
+    if whiten == "authors":
+        return values**-0.25
+    return (values / count).rsqrt() if whiten else torch.ones_like(values)
 
 
 def ranks_by_share(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:

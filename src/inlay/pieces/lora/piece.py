@@ -198,10 +198,15 @@ def _refuse(method: Any, site: Site) -> None:
         raise UnsupportedError(
             f"LoRA(lora_bias=True) cannot sit at {site.name}: a {site.kind} has no bias; exclude it, or lora_bias=False"
         )
+    refuse_other_lookups(site, "LoRA")
+
+
+def refuse_other_lookups(site: Site, what: str) -> None:
+    """Raise UnsupportedError for an embedding that does more with its ids than to look up their rows."""
     if site.kind == "embedding":
         host = base_class(type(site.module))
         if host.forward is not nn.Embedding.forward and not hasattr(site.module, "embed_scale"):
             raise UnsupportedError(
-                f"LoRA cannot sit at {site.name}: {host.__name__} looks its rows up in a way of its own; exclude it, "
+                f"{what} cannot sit at {site.name}: {host.__name__} looks its rows up in a way of its own; exclude it, "
                 "or train it whole with modules_to_save"
             )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
+from inlay.engine import files
+from inlay.engine.checkpoint import own_entry
+from inlay.errors import ConfigError
+from inlay.pieces.prompts.saved import adapter_folder, check_base, saved_prompt
 
 
 class EncodedPrompt(nn.Module):
@@ -32,3 +34,26 @@ class EncodedPrompt(nn.Module):
             hidden = self.lstm(hidden.unsqueeze(0))[0].squeeze(0)
         output: Tensor = self.mlp(hidden)
         return output
+
+    @torch.no_grad()
+    def start_from(self, model: nn.Module, folder: str, encoder: str) -> None:
+        """Become the prompt of a saved adapter, encoder and all. ConfigError where it has none, or one of another kind:
+        its vectors alone do not say what an encoder would have to be.
+        """
+        check_base(saved_prompt(folder), model)
+        place = adapter_folder(folder)
+        own = own_entry(files.read_config(place))
+        methods = own.get("methods") or [{}]
+        number = next((n for n, method in enumerate(methods) if method.get("kind") == "p_tuning"), 0)
+        there, mine = methods[number].get("encoder"), self.state_dict()
+        prefix = f"{number}."
+        found = files.read_tensors(place, files.EXTRA)[0] if own.get("extra") else {}
+        found = {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
+        shapes = {key: tuple(tensor.shape) for key, tensor in found.items()}
+        if there != encoder or shapes != {key: tuple(tensor.shape) for key, tensor in mine.items()}:
+            sizes = "of other sizes" if there == encoder else f"and {encoder!r} is needed"
+            raise ConfigError(
+                f"init_from: {folder} has encoder={there!r} {sizes}: set num_virtual_tokens, encoder, hidden_size and "
+                "num_layers as they were there, or encoder=None, which starts from the vectors of any prompt"
+            )
+        self.load_state_dict(found)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from inlay.engine.checkpoint import LOADING
 from inlay.engine.sites import Site
+from inlay.kernels import low_rank
 from inlay.kernels.choice import without_autocast
+from inlay.pieces.lora.piece import refuse_other_lookups
 from inlay.pieces.projections import Placed, Shared, SharingPiece, as_trained, projected
 
 
@@ -33,6 +35,7 @@ class TinyLoRAPiece(SharingPiece):
 
     def __init__(self, method: Any, site: Site) -> None:
         super().__init__(method, site)
+        refuse_other_lookups(site, "TinyLoRA")
         self.saves, self.group, r = method.save_projection, 0, min(method.r, *self.shape)
         for name, value in zip(("tinylora_A", "tinylora_B"), singular_factors(site, r), strict=True):
             self.register_buffer(name, value.to(self.place["dtype"]))
@@ -47,10 +50,18 @@ class TinyLoRAPiece(SharingPiece):
     def forward(self, inner: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         core, rate = self.core(), self.dropout if self.training else 0.0
         a, b = self.tinylora_A, self.tinylora_B
+        if self.kind == "embedding":
+            y = inner(x, *args, **kwargs)
+            rows = F.dropout(F.embedding(x, b), rate) if rate else F.embedding(x, b)
+            return y + low_rank.scaled_rows(F.linear(rows, (core @ a).T), inner.module).to(y.dtype)
         return projected(inner, x, a, b, lambda h: F.linear(h, core.to(h.dtype)), None, rate)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        return self.tinylora_A, self.tinylora_B @ self.core(), 1.0
+        a, b = self.tinylora_A, self.tinylora_B @ self.core()
+        return (b.T, a.T, 1.0) if self.kind == "embedding" else (a, b, 1.0)  # of tables, as LoRA has them
+
+    def delta(self) -> Tensor:
+        return self.tinylora_B @ self.core() @ self.tinylora_A
 
     def core(self) -> Tensor:
         """Σ_i v_i P_i (r, r)."""
@@ -67,10 +78,11 @@ class TinyLoRAPiece(SharingPiece):
 
 @torch.no_grad()
 def singular_factors(site: Site, r: int) -> tuple[Tensor, Tensor]:
-    """√S Vᵀ (r, in) and U √S (out, r) of the r largest singular values of W."""
+    """√S Vᵀ (r, in) and U √S (out, r) of the r largest singular values of W; a table is (out, in) as it is."""
     weight = site.weight.detach().float()
     if LOADING.get():  # a file is about to fill them
-        return weight.new_empty(r, site.in_features), weight.new_empty(site.out_features, r)
+        sizes = weight.shape if site.kind == "embedding" else (site.out_features, site.in_features)
+        return weight.new_empty(r, sizes[1]), weight.new_empty(sizes[0], r)
     u, s, v = torch.linalg.svd(weight.T if site.transposed else weight, full_matrices=False)
     root = s[:r].sqrt()
     return (root[:, None] * v[:r]).contiguous(), (u[:, :r] * root).contiguous()

@@ -1,0 +1,69 @@
+"""Why a few-shot model answers as it does: the prompt as it reads it, and its likeliest words at the mask."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from inlay.fewshot.base import Base
+from inlay.fewshot.predictor import Predictor, Solution
+from inlay.fewshot.scorers.mask import MaskScorer
+from inlay.fewshot.scorers.scorer import on
+from inlay.fewshot.template import Row
+from inlay.tasks.batches import evaluating
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """One row, asked in one way."""
+
+    prompt: str
+    """What the model reads, its special tokens included."""
+    label: str
+    """The label that this way of asking chooses."""
+    scores: Mapping[str, float]
+    """The probability of each label."""
+    words: Sequence[Sequence[tuple[str, float]]] = ()
+    """For each mask the likeliest words of the whole vocabulary, with their probabilities."""
+
+    def __str__(self) -> str:
+        lines = [self.prompt, "  " + ", ".join(f"{label} {score:.3f}" for label, score in self.scores.items())]
+        lines += ["  mask: " + ", ".join(f"{word} {score:.3f}" for word, score in mask) for mask in self.words]
+        return "\n".join(lines)
+
+
+def explained(base: Base, solution: Solution, rows: Sequence[Row], *, top: int = 5) -> list[Explanation]:
+    """Row by row, and for each row predictor by predictor."""
+    found = [_asked(base, predictor, rows, top) for predictor in solution.predictors]
+    return [explanations[index] for index in range(len(rows)) for explanations in found]
+
+
+def _asked(base: Base, predictor: Predictor, rows: Sequence[Row], top: int) -> list[Explanation]:
+    scorer, shown = predictor.scorer, predictor.shown(base, rows)[0]
+    probabilities = predictor.scores(base, rows).softmax(-1)
+    encoded = scorer.encode(rows, shown)
+    words: list[list[list[tuple[str, float]]]] = [[] for _ in rows]
+    if isinstance(scorer, MaskScorer):
+        with base.holding(scorer.auto, predictor.adapter, len(scorer.labels)) as model, evaluating(model):
+            device = next(model.parameters()).device
+            for index, row in enumerate(encoded):
+                logits = scorer.mask_logits(model, on(device, scorer.collate([row])))[0].float()
+                best = logits.softmax(-1).topk(min(top, logits.shape[-1]))
+                words[index] = [
+                    [
+                        (str(scorer.tokenizer.decode([token])).strip(), score)
+                        for token, score in zip(ids, scores, strict=True)
+                    ]
+                    for ids, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                ]
+    return [
+        Explanation(
+            prompt=str(scorer.tokenizer.decode(row.ids)),
+            label=scorer.labels[int(torch.argmax(found))],
+            scores=dict(zip(scorer.labels, found.tolist(), strict=True)),
+            words=words[index],
+        )
+        for index, (row, found) in enumerate(zip(encoded, probabilities, strict=True))
+    ]

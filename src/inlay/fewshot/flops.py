@@ -1,0 +1,49 @@
+"""What an answer costs: the floating-point operations of a solution's forward passes, counted and not estimated.
+
+A demonstration is read again with every query, which is why an answer of in-context learning costs many times that of a
+tuned model. Every matrix product of the very passes that make the scores is counted, two operations for each product
+and sum (torch's FlopCounterMode), with attention written out so that it is counted too. Rows go through one at a time:
+no padding is in the count, and what a scorer shares between choices counts once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from inlay.errors import DataError
+from inlay.fewshot.base import Base
+from inlay.fewshot.predictor import Solution
+from inlay.fewshot.template import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The mean cost of one answer."""
+
+    flops: float
+    """Floating-point operations."""
+    tokens: float
+    """Tokens of the prompts, over all predictors and sets of demonstrations."""
+    rows: int
+    """How many rows it is the mean of."""
+
+
+def cost(solution: Solution, base: Base, rows: Sequence[Row]) -> Cost:
+    """The mean cost of answering these rows: a few that are like all others will do. Raises DataError without rows."""
+    if not rows:
+        raise DataError("there are no rows to count the cost of an answer on: give at least one")
+    counter: Any = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        solution.scores(base, rows, batch_size=1)
+    tokens = sum(
+        len(example)
+        for predictor in solution.predictors
+        for shown in predictor.shown(base, rows)
+        for example in predictor.scorer.encode(rows, shown)
+    )
+    return Cost(counter.get_total_flops() / len(rows), tokens / len(rows), len(rows))

@@ -1,0 +1,50 @@
+"""Which form of a pretrained model speaks, and how it is asked with a template.
+
+An encoder with a masked-language-model head fills in a mask; a decoder, and an encoder with a decoder, choose.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from inlay.errors import ConfigError
+from inlay.fewshot.base import Base
+from inlay.fewshot.problem import Problem
+from inlay.fewshot.scorers.choice import ChoiceScorer
+from inlay.fewshot.scorers.scorer import Scorer
+from inlay.fewshot.template import Template
+
+Form = Literal["masked-lm", "causal-lm", "seq2seq"]
+
+
+def form_of(base: Base) -> Form:
+    """How the model speaks, by its config. Raises ConfigError when there is none."""
+    try:
+        config: Any = AutoConfig.from_pretrained(base.source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no config.json can be read from {base.source}: {str(error).splitlines()[0]}") from error
+    if config.is_encoder_decoder:
+        return "seq2seq"
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return "masked-lm" if masked else "causal-lm"
+
+
+def asked(problem: Problem, template: Template, **options: Any) -> Scorer:
+    """The template's scorer for this problem's model; `options` are a choice scorer's (length_norm, direction).
+
+    Raises ConfigError for options other than the defaults where a mask is filled in.
+    """
+    form = form_of(problem.base)
+    if form != "masked-lm":
+        return ChoiceScorer(
+            tokenizer=problem.base.tokenizer, template=template, verbalizer=problem.verbalizer,
+            max_length=problem.max_length, auto=form, **options,
+        )  # fmt: skip
+    if options.get("direction", "direct") != "direct":
+        raise ConfigError(
+            f"direction={options['direction']!r} is for models that write: {problem.base.source} fills in masks"
+        )
+    return problem.mask_scorer(template)

@@ -1,0 +1,1 @@
+"""Methods that only templates and verbalizers give a meaning to, each in the file of its kind."""

@@ -1,0 +1,267 @@
+"""`fewshot(run)`: the same few-shot system on several splits, measured, kept, and taken up where it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from inlay.engine.registry import make_method
+from inlay.errors import ConfigError, DataError, TrainingError
+from inlay.fewshot.base import Base
+from inlay.fewshot.embedded import embedded_model
+from inlay.fewshot.fitting import Recipe
+from inlay.fewshot.problem import Labelled, Problem, System
+from inlay.fewshot.report import Report, SeedResult
+from inlay.fewshot.run import RUN_FILE, FewShotRun
+from inlay.fewshot.saved import SOLUTION_FILE, seed_folder
+from inlay.fewshot.splits import Split, few_shot_split
+from inlay.fewshot.stages import Stages
+from inlay.fewshot.systems import system_class
+from inlay.fewshot.template import Template
+from inlay.fewshot.verbalizer import Verbalizer
+from inlay.tasks import columns as named_columns
+from inlay.tasks.class_metrics import single_label_scores
+from inlay.tasks.data import read_splits, source_name
+from inlay.tasks.labels import check_known, label_name, sort_labels
+from inlay.train.arguments import default_learning_rate
+from inlay.train.files import write_json, write_text
+from inlay.train.record import duration
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A run with its rows read and everything checked that can be before training."""
+
+    run: FewShotRun
+    system: System
+    base: Base
+    labels: tuple[str, ...]
+    label: str
+    """The column of the labels."""
+    train: Dataset
+    unlabelled: Dataset | None
+    test: Dataset | None
+    templates: tuple[Template, ...]
+    verbalizer: Verbalizer
+    text: Template
+    recipe: Recipe
+
+    def problem(self, split: Split, seed: int) -> Problem:
+        """The problem of one seed."""
+        rows = self.train.to_list()
+        named = [label_name(row[self.label]) for row in rows]
+
+        def labelled(numbers: Sequence[int]) -> Labelled:
+            return Labelled(rows=[rows[index] for index in numbers], labels=[named[index] for index in numbers])
+
+        unlabelled = self.unlabelled.to_list() if self.unlabelled is not None else [rows[i] for i in split.rest]
+        order = torch.randperm(len(unlabelled), generator=torch.Generator().manual_seed(seed)).tolist()
+        return Problem(
+            base=self.base,
+            labels=self.labels,
+            train=labelled(split.train),
+            dev=labelled(split.dev) if split.dev else None,
+            unlabelled=[_hidden(unlabelled[index], self.label) for index in order[: self.run.unlabelled_rows]],
+            templates=self.templates,
+            verbalizer=self.verbalizer,
+            text=self.text,
+            methods=tuple(_methods(self.run, self.system)),
+            recipe=self.recipe,
+            seed=seed,
+            max_length=self.run.max_length,
+        )
+
+
+def fewshot(
+    run: FewShotRun, *, resume: bool = False, overwrite: bool = False, say: Callable[[str], None] | None = None
+) -> Report:
+    """Run a few-shot system once for each seed. Left in `run.out`: fewshot.yaml, a folder for each seed with its
+    stages and solution, record.json and README.md.
+
+    `resume` goes on behind the last stage that was finished; `overwrite` replaces an earlier run. Raises ConfigError
+    and DataError before anything is trained for what cannot work, TrainingError when a loss is no number.
+    """
+    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    out = Path(run.out)
+    _make_room(run, out, resume, overwrite)
+    ready = prepare(run)
+    splits = {seed: _split(ready, seed) for seed in run.seeds}
+    write_text(out / RUN_FILE, run.to_yaml())
+    results = []
+    for number, seed in enumerate(run.seeds):
+        begun = time.monotonic()
+        say(f"seed {seed} ({number + 1} of {len(run.seeds)})")
+        results.append(_solved(ready, splits[seed], seed, out, say))
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in results[-1].test.items())
+        say(f"seed {seed}: {shown or 'no test rows to measure on'}  {duration(time.monotonic() - begun)}")
+    report = Report.of(run, ready.labels, results)
+    report.write(out)
+    return report
+
+
+def prepare(run: FewShotRun) -> Ready:
+    """Read the rows and make everything of the run that can be wrong. Trains nothing."""
+    kind = run.method["kind"]
+    fields = {name: value for name, value in run.method.items() if name != "kind"}
+    chosen = system_class(kind)
+    known = [field.name for field in dataclasses.fields(chosen)]  # type: ignore[arg-type]
+    _known(fields, known, f"method {kind}")
+    system = chosen(**fields)
+    templates = tuple(Template(source) for source in run.templates)
+    splits = dict(read_splits(run.train))
+    if run.test is not None:
+        splits["test"] = _one(run.test)
+    unlabelled = _one(run.unlabelled) if run.unlabelled is not None else None
+    train = splits.get("train")
+    if train is None:
+        raise DataError(f"{run.train} has no rows to train on: give --train FILE")
+    label = run.label or named_columns.named(train, named_columns.LABEL)
+    if label is None or label not in train.column_names:
+        raise (
+            named_columns.cannot_guess(train, "label")
+            if label is None
+            else DataError(f"{source_name(train)} has no column {label!r}; it has: {', '.join(train.column_names)}")
+        )
+    labels, verbalizer = _labels(run, train, label)
+    text = Template(run.text) if run.text is not None else _text(templates, train, label)
+    for rows in (train, splits.get("test"), unlabelled):
+        for template in (*templates, text) if rows is not None else ():
+            template.check(rows)
+    _check_labels(splits.get("test"), labels, label)
+    if system.asks and not templates:
+        raise ConfigError(
+            f"{kind} asks the model by templates, and there are none: give --template '{{text}} …{{mask}}'"
+        )
+    source = str(embedded_model()) if run.model is None else run.model
+    ready = Ready(
+        run=run, system=system, base=Base(source, run.dtype), labels=labels, label=label, train=train,
+        unlabelled=unlabelled, test=splits.get("test"), templates=templates, verbalizer=verbalizer, text=text,
+        recipe=_recipe(run, system),
+    )  # fmt: skip
+    system.check(ready.problem(Split((), (), (), 0, 0, run.per), 0))
+    return ready
+
+
+def _solved(ready: Ready, split: Split, seed: int, out: Path, say: Callable[[str], None]) -> SeedResult:
+    """One seed: the system's stages, its solution written, its test scores."""
+    folder = seed_folder(out, seed)
+    stages = Stages(folder / "stages", lambda line: say(f"  {line}"))
+    solution = ready.system.solve(ready.problem(split, seed), stages)
+    write_json(folder / SOLUTION_FILE, {**solution.to_dict(folder), "labels": list(ready.labels)})
+    test: dict[str, float] = {}
+    if ready.test is not None and ready.label in ready.test.column_names:
+        rows = ready.test.to_list()
+        scores = stages.tensor("test-scores", lambda: solution.scores(ready.base, rows), rows=len(rows))
+        true = np.array([ready.labels.index(label_name(row[ready.label])) for row in rows])
+        test = single_label_scores(scores.argmax(-1).numpy(), true)
+    notes = stages.notes()
+    return SeedResult(
+        seed=seed,
+        split=split.to_dict(),
+        test=test,
+        seconds=round(sum(note["seconds"] for note in notes.values()), 3),
+        trainable_parameters=max((note.get("trainable_parameters", 0) for note in notes.values()), default=0),
+        adapters=sum("trainable_parameters" in note for note in notes.values()),
+        stages={name: note["seconds"] for name, note in notes.items()},
+    )
+
+
+def _split(ready: Ready, seed: int) -> Split:
+    """The rows of a seed. Raises DataError where there are fewer than shots."""
+    named = [label_name(value) for value in ready.train[ready.label]]
+    run, dev = ready.run, ready.run.dev if ready.run.dev is not None else ready.system.dev
+    if run.shots is None:
+        everything = torch.randperm(len(named), generator=torch.Generator().manual_seed(seed)).tolist()
+        return Split(tuple(everything), (), (), seed, len(named), "total")
+    return few_shot_split(named, run.shots, per=run.per, dev=dev, seed=seed)  # type: ignore[arg-type]
+
+
+def _labels(run: FewShotRun, train: Dataset, label: str) -> tuple[tuple[str, ...], Verbalizer]:
+    found = sort_labels(label_name(value) for value in named_columns.values(train, label, "label"))
+    if len(found) < 2:
+        raise DataError(f"{source_name(train)} has one label alone, {found[0]!r}: at least two are needed")
+    verbalizer = Verbalizer(run.verbalizer) if run.verbalizer else Verbalizer({name: name for name in found})
+    order = tuple(name for name in verbalizer.labels if name in found) if run.verbalizer else found
+    order = (*order, *(name for name in found if name not in order))
+    return order, verbalizer.for_labels(order)
+
+
+def _check_labels(rows: Dataset | None, labels: tuple[str, ...], label: str) -> None:
+    if rows is not None and label in rows.column_names:
+        found = [[label_name(value)] for value in named_columns.values(rows, label, "label")]
+        check_known(found, labels, rows, "test", from_train=True)
+
+
+def _text(templates: Sequence[Template], train: Dataset, label: str) -> Template:
+    """What a head reads where nothing is said: the templates' columns in order, or the one column of text."""
+    columns = list(dict.fromkeys(column for template in templates for column in template.columns))
+    if not columns:
+        columns = [named_columns.guess_text(train, without=[label])]
+    return Template("{sep}".join(f"{{{column}}}" for column in columns))
+
+
+def _methods(run: FewShotRun, system: System) -> list[Any]:
+    entries = run.peft if run.peft is not None else system.peft
+    return [make_method(entry["kind"], {k: v for k, v in entry.items() if k != "kind"}) for entry in entries]
+
+
+def _recipe(run: FewShotRun, system: System) -> Recipe:
+    known = [field.name for field in dataclasses.fields(Recipe)]
+    _known(run.recipe, known, "recipe")
+    methods = _methods(run, system)
+    rate = {"learning_rate": default_learning_rate(methods)} if methods else {}
+    own = dict(system.recipe) if run.peft is None else {k: v for k, v in system.recipe.items() if k != "learning_rate"}
+    return Recipe(**{**rate, **own, **run.recipe})
+
+
+def _known(fields: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    from inlay.train.settings import known_only
+
+    known_only(fields, known, what)
+
+
+def _one(path: str) -> Dataset:
+    """The rows of a file. Raises DataError where there are none."""
+    splits = read_splits(path)
+    return next(splits[name] for name in ("test", "train", "validation") if name in splits)
+
+
+def _hidden(row: Mapping[str, Any], label: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != label}
+
+
+def _make_room(run: FewShotRun, out: Path, resume: bool, overwrite: bool) -> None:
+    """Raise ConfigError where a new run would mix with something else; take an earlier one away if that is wanted."""
+    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if out.is_file():
+        raise ConfigError(f"--out {out} is a file; it has to be a folder")
+    if resume:
+        if RUN_FILE not in there:
+            raise TrainingError(f"there is no few-shot run in {out} to resume: leave --resume out to start one")
+        stored = FewShotRun.from_yaml(out / RUN_FILE).to_dict()
+        changed = [
+            key for key, value in run.to_dict().items() if key not in ("out", "seeds") and stored.get(key) != value
+        ]
+        if changed:
+            raise ConfigError(
+                f"--resume goes on with the run in {out}, where {changed[0]} is {stored.get(changed[0])!r}: leave the "
+                "setting out, or start a new run with another --out"
+            )
+        return
+    if there and RUN_FILE not in there:
+        raise ConfigError(f"{out} holds {', '.join(there[:5])}, which no few-shot run left there: choose another --out")
+    if there and not overwrite:
+        raise ConfigError(
+            f"{out} already holds a few-shot run: choose another --out, --overwrite to replace it, or --resume to go on"
+        )
+    if there:
+        shutil.rmtree(out)

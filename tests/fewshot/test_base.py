@@ -1,0 +1,128 @@
+"""One base model serves all turns: what an adapter trains is gone with it, and the base is what it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import inlay
+from inlay.errors import ConfigError
+from inlay.fewshot.base import Base
+from inlay.fewshot.fitting import Recipe, fit
+from inlay.fewshot.scorers.head import HeadScorer
+from inlay.fewshot.scorers.mask import MaskScorer
+from inlay.fewshot.template import Template
+from inlay.fewshot.verbalizer import Verbalizer
+from inlay.methods.lora import LoRA
+
+ROWS, LABELS = [{"text": "good film"}, {"text": "bad"}], ["pos", "neg"]
+RECIPE = Recipe(steps=2, batch_size=2, learning_rate=0.05)
+METHODS = [LoRA(r=2)]
+
+
+@pytest.fixture
+def base(bert_folder: Path) -> Base:
+    return Base(str(bert_folder), device="cpu")
+
+
+def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def mask_scorer(base: Base) -> MaskScorer:
+    words = Verbalizer({"neg": "no", "pos": "yes"})
+    return MaskScorer(tokenizer=base.tokenizer, template=Template("{text} is {mask}"), verbalizer=words)
+
+
+def head_scorer(base: Base) -> HeadScorer:
+    return HeadScorer(tokenizer=base.tokenizer, template=Template("{text}"), names=("neg", "pos"))
+
+
+def test_each_form_is_loaded_once(base: Base) -> None:
+    assert base.model("masked-lm") is base.model("masked-lm")
+    assert base.model("head", 2) is not base.model("head", 3)
+    assert not base.model("masked-lm").training
+    with pytest.raises(ConfigError, match="did you mean 'masked-lm'"):
+        base.model("masked_lm")
+
+
+def test_the_base_has_the_same_bits_after_its_turns(base: Base, tmp_path: Path) -> None:
+    model, scorer = base.model("masked-lm"), mask_scorer(base)
+    before, grads = bits(model), [p.requires_grad for p in model.parameters()]
+    scores = scorer.scores(model, ROWS)
+    for seed in range(2):
+        with base.adapted("masked-lm", METHODS, seed=seed) as held:
+            fit(held, scorer, ROWS, LABELS, recipe=RECIPE)
+            trained = scorer.scores(held, ROWS)
+            inlay.save(held, tmp_path / str(seed))
+        assert not torch.equal(trained, scores)
+        assert same(bits(model), before)
+        with base.holding("masked-lm", tmp_path / str(seed)) as held:
+            assert torch.equal(scorer.scores(held, ROWS), trained)
+        assert same(bits(model), before)
+    assert [p.requires_grad for p in model.parameters()] == grads
+    assert torch.equal(scorer.scores(model, ROWS), scores)
+
+
+def test_an_error_within_a_turn_takes_the_adapter_out_too(base: Base) -> None:
+    before = bits(base.model("masked-lm"))
+    with pytest.raises(RuntimeError, match="stop"), base.adapted("masked-lm", METHODS, seed=0):
+        raise RuntimeError("stop")
+    assert same(bits(base.model("masked-lm")), before)
+    with base.adapted("masked-lm", METHODS, seed=0):
+        pass
+
+
+def test_adapters_and_fresh_heads_come_from_the_seed(base: Base) -> None:
+    scorer = head_scorer(base)
+
+    def start(seed: int, noise: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        torch.manual_seed(noise)
+        with base.adapted("head", METHODS, seed=seed, labels=2) as model:
+            trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            found = scorer.scores(model, ROWS)
+            fit(model, scorer, ROWS, LABELS, recipe=RECIPE)
+        return trained, found
+
+    (first, scores), (again, rescored), (other, otherwise) = start(1, 0), start(1, 7), start(2, 0)
+    assert any("classifier" in name for name in first)
+    assert same(first, again)
+    assert torch.equal(scores, rescored)
+    assert not same(first, other)
+    assert not torch.equal(scores, otherwise)
+
+
+def test_a_fresh_head_does_not_depend_on_the_order_of_turns(bert_folder: Path) -> None:
+    found = []
+    for seeds in ((1, 2), (2, 1)):
+        base, by_seed = Base(str(bert_folder), device="cpu"), {}
+        for seed in seeds:
+            with base.adapted("head", METHODS, seed=seed, labels=2) as model:
+                by_seed[seed] = head_scorer(base).scores(model, ROWS)
+        found.append(by_seed)
+    assert all(torch.equal(found[0][seed], found[1][seed]) for seed in (1, 2))
+
+
+def test_a_saved_fresh_head_is_the_same_in_another_base(base: Base, bert_folder: Path, tmp_path: Path) -> None:
+    scorer = head_scorer(base)
+    with base.adapted("head", METHODS, seed=4, labels=2) as model:
+        fit(model, scorer, ROWS, LABELS, recipe=RECIPE)
+        trained = scorer.scores(model, ROWS)
+        inlay.save(model, tmp_path / "head")
+    other = Base(str(bert_folder), device="cpu")
+    with other.holding("head", tmp_path / "head", 2) as model:
+        assert torch.equal(scorer.scores(model, ROWS), trained)
+
+
+def test_random_states_outside_stay(base: Base) -> None:
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    with base.adapted("head", METHODS, seed=1, labels=2):
+        pass
+    assert torch.equal(torch.get_rng_state(), before)

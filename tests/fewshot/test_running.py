@@ -1,0 +1,238 @@
+"""Whole few-shot runs on a tiny model: measured, resumed to the same bits, used afterwards, refused where need be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from inlay.cli import app
+from inlay.errors import CheckpointError, ConfigError, DataError, InlayError, TrainingError
+from inlay.fewshot import FewShotRun, evaluate, explain, fewshot, predict
+from inlay.fewshot.problem import Problem
+
+ROWS = [
+    {"text": f"the film was {'really ' * (number % 3)}{word}", "label": label}
+    for number in range(6)
+    for word, label in (("great", "pos"), ("terrible", "neg"))
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """train, test and unlabelled rows."""
+    for name in ("train", "test"):
+        lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    words = "".join(json.dumps({"text": row["text"]}) + "\n" for row in ROWS)
+    (tmp_path / "unlabelled.jsonl").write_text(words, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def make(data: Path, bert_folder: Path) -> Callable[..., FewShotRun]:
+    """A small run with some settings changed."""
+
+    def made(**changes: Any) -> FewShotRun:
+        settings: dict[str, Any] = {
+            "train": str(data / "train.jsonl"),
+            "test": str(data / "test.jsonl"),
+            "model": str(bert_folder),
+            "templates": ["{text} it was {mask}."],
+            "verbalizer": {"neg": "bad", "pos": "good"},
+            "shots": 2,
+            "seeds": [1, 2],
+            "recipe": {"steps": 4, "batch_size": 2},
+            "max_length": 32,
+            "out": str(data / "out"),
+        }
+        return FewShotRun.from_settings({**settings, **changes})
+
+    return made
+
+
+def quiet(line: str) -> None:
+    """Progress, unheard."""
+
+
+def weights(run: FewShotRun) -> dict[str, Any]:
+    """Every adapter of a run."""
+    return {
+        str(path.relative_to(run.out)): load_file(path)
+        for path in sorted(Path(run.out).rglob("adapter_model.safetensors"))
+    }
+
+
+@pytest.mark.parametrize("kind", ["standard", "prompt"])
+def test_a_run_is_measured_and_can_be_used(kind: str, make: Callable[..., FewShotRun], data: Path) -> None:
+    run = make(method=kind)
+    report = fewshot(run, say=quiet)
+    points = [result.test["accuracy"] for result in report.seeds]
+    assert report.mean["accuracy"] == pytest.approx(sum(points) / 2)
+    assert report.deviation["accuracy"] == pytest.approx(abs(points[0] - points[1]) / 2**0.5)
+    stored = json.loads((data / "out" / "record.json").read_text(encoding="utf-8"))
+    assert stored["mean"] == report.mean
+    assert stored["seeds"][0]["split"]["digest"] != stored["seeds"][1]["split"]["digest"]
+    assert [result.adapters for result in report.seeds] == [1, 1]
+    for seed, point in zip(run.seeds, points, strict=True):
+        assert evaluate(run.out, seed=seed)["accuracy"] == pytest.approx(point)
+    predictions = predict(run.out, str(data / "unlabelled.jsonl"), data / "found.jsonl")
+    assert len(predictions) == len(ROWS)
+    assert (data / "found.jsonl").read_text(encoding="utf-8").count("\n") == len(ROWS)
+    texts = predict(run.out, [row["text"] for row in ROWS])
+    assert [row["prediction"] for row in texts] == [row["prediction"] for row in predictions]
+    assert sum(predictions[0]["scores"].values()) == pytest.approx(1)
+
+
+def test_explain_shows_the_prompt_and_the_words(make: Callable[..., FewShotRun]) -> None:
+    run = make(seeds=[1])
+    fewshot(run, say=quiet)
+    (found,) = explain(run.out, ["the film"], top=3)
+    assert "[MASK]" in found.prompt
+    assert "the film" in found.prompt
+    assert len(found.words) == 1
+    assert len(found.words[0]) == 3
+    assert found.scores[found.label] == max(found.scores.values())
+
+
+def test_a_stopped_run_goes_on_and_is_the_same_run(make: Callable[..., FewShotRun], data: Path) -> None:
+    whole = make(out=str(data / "whole"))
+    fewshot(whole, say=quiet)
+    heard: list[str] = []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(line: str) -> None:
+        heard.append(line)
+        if line.startswith("seed 2"):
+            raise Stopped
+
+    run = make()
+    with pytest.raises(Stopped):
+        fewshot(run, say=stop)
+    with pytest.raises(ConfigError, match="--resume"):
+        fewshot(run, say=quiet)
+    heard.clear()
+    report = fewshot(run, resume=True, say=heard.append)
+    assert sum("pattern-0" in line for line in heard) == 1  # the first seed's is not done again
+    first, second = weights(whole), weights(run)
+    assert first.keys() == second.keys()
+    assert all((first[path][name] == second[path][name]).all() for path in first for name in first[path])
+    assert len(report.seeds) == 2
+
+
+def test_a_changed_run_is_not_resumed(make: Callable[..., FewShotRun]) -> None:
+    run = make(seeds=[1])
+    with pytest.raises(TrainingError, match="no few-shot run"):
+        fewshot(run, resume=True, say=quiet)
+    fewshot(run, say=quiet)
+    with pytest.raises(ConfigError, match="recipe"):
+        fewshot(dataclasses.replace(run, recipe={"steps": 5}), resume=True, say=quiet)
+    fewshot(dataclasses.replace(run, recipe={"steps": 5}), overwrite=True, say=quiet)
+
+
+def test_more_seeds_can_be_added_to_a_finished_run(make: Callable[..., FewShotRun]) -> None:
+    run = make(seeds=[1])
+    one = fewshot(run, say=quiet)
+    two = fewshot(dataclasses.replace(run, seeds=(1, 2)), resume=True, say=quiet)
+    assert two.seeds[0].test == one.seeds[0].test
+    assert len(two.seeds) == 2
+
+
+def test_unlabelled_rows_are_hidden_labels_where_none_are_given(
+    make: Callable[..., FewShotRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from inlay.fewshot.systems.prompt import Prompt
+
+    seen: list[Problem] = []
+    solve = Prompt.solve
+
+    def look(self: Prompt, problem: Problem, stages: Any) -> Any:
+        seen.append(problem)
+        return solve(self, problem, stages)
+
+    monkeypatch.setattr(Prompt, "solve", look)
+    fewshot(make(seeds=[1]), say=quiet)
+    assert len(seen[0].unlabelled) == len(ROWS) - 4
+    assert all("label" not in row for row in seen[0].unlabelled)
+
+
+BAD: list[tuple[dict[str, Any], type[InlayError], str]] = [
+    ({"method": "pett"}, ConfigError, "did you mean 'pet'"),
+    ({"method": {"kind": "prompt", "colour": 1}}, ConfigError, "no setting 'colour'"),
+    ({"templates": []}, ConfigError, "there are none: give --template"),
+    ({"templates": ["{text} is fine"]}, ConfigError, "has no {mask}"),
+    ({"templates": ["It was {mask}."]}, ConfigError, "shows nothing of an example"),
+    ({"templates": ["{txt} {mask}"]}, DataError, "did you mean 'text'"),
+    ({"verbalizer": {"neg": "bad"}}, ConfigError, "the label 'pos' has no word"),
+    ({"verbalizer": {"neg": "bad", "pos": "good", "new": "news"}}, ConfigError, "no label of the data"),
+    ({"verbalizer": {"neg": "bad", "pos": "goodness"}}, ConfigError, "'goodness' .* is \\d tokens"),
+    ({"verbalizer": {"neg": "bad", "pos": "bad"}}, ConfigError, "stands for both"),
+    ({"shots": 50}, DataError, "50 rows of each label"),
+    ({"recipe": {"step": 3}}, ConfigError, "no setting 'step'"),
+    ({"label": "y"}, DataError, "no column 'y'"),
+    ({"peft": ["lorra"]}, InlayError, "lorra"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "says"), BAD)
+def test_bad_input_is_one_error_and_leaves_nothing(
+    changes: dict[str, Any], error: type[InlayError], says: str, make: Callable[..., FewShotRun], data: Path
+) -> None:
+    with pytest.raises(error, match=says.replace("{", r"\{") if "\\d" not in says else says):
+        fewshot(make(**changes), say=quiet)
+    assert not (data / "out").exists()
+
+
+def test_labels_that_differ_between_files_are_one_error(make: Callable[..., FewShotRun], data: Path) -> None:
+    (data / "other.jsonl").write_text('{"text": "a film", "label": "positive"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="the test label 'positive' is not one"):
+        fewshot(make(test=str(data / "other.jsonl")), say=quiet)
+
+
+def test_an_empty_unlabelled_file_is_one_error(make: Callable[..., FewShotRun], data: Path) -> None:
+    (data / "empty.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(DataError, match=r"empty\.jsonl"):
+        fewshot(make(unlabelled=str(data / "empty.jsonl")), say=quiet)
+
+
+def test_a_long_text_is_cut_as_the_template_allows(make: Callable[..., FewShotRun], data: Path) -> None:
+    rows = [{**row, "text": row["text"] + " really" * 500} for row in ROWS]
+    (data / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    fewshot(make(train=str(data / "long.jsonl"), seeds=[1]), say=quiet)
+    with pytest.raises(ConfigError, match="max_length"):
+        fewshot(make(templates=["{text:keep} {mask}"], train=str(data / "long.jsonl")), overwrite=True, say=quiet)
+
+
+def test_the_command_runs_predicts_and_explains(
+    make: Callable[..., FewShotRun], data: Path, bert_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(data / "cli")
+    arguments = [
+        "fewshot", "--method", "prompt", "--model", str(bert_folder), "--train", str(data / "train.jsonl"),
+        "--test", str(data / "test.jsonl"), "--template", "{text} it was {mask}.", "--verbalizer", "neg=bad",
+        "pos=good",
+        "--shots", "2", "--seeds", "2", "--steps", "2", "--max-length", "32", "--out", out,
+    ]  # fmt: skip
+    assert app.run(arguments, debug=True) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert app.run(["explain", out, "the film was great"], debug=True) == 0
+    assert "[MASK]" in capsys.readouterr().out
+    assert app.run(["predict", out, "--data", str(data / "unlabelled.jsonl")], debug=True) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(ROWS)
+    assert app.run(["evaluate", out, "--json"], debug=True) == 0
+    assert "accuracy" in json.loads(capsys.readouterr().out)
+    assert app.run([*arguments[:-1], str(data / "cli"), "--resume"], debug=True) == 0
+    assert app.run([*arguments[:-1], out], debug=False) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_other_folders_are_no_few_shot_runs(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not the folder of a few-shot run"):
+        predict(tmp_path, ["a film"])
