@@ -24,6 +24,7 @@ from inlay.fewshot.predictor import Predictor
 from inlay.fewshot.problem import Labelled, Problem
 from inlay.fewshot.scorers.choice import ChoiceScorer
 from inlay.fewshot.scorers.mask import MaskScorer
+from inlay.fewshot.scorers.multi_mask import MultiMaskScorer
 from inlay.fewshot.soft_slots import slots_of, with_slots
 from inlay.fewshot.stages import Stages
 from inlay.fewshot.systems import system_class
@@ -111,6 +112,17 @@ def test_slots_start_as_their_words(any_tokenizer: PreTrainedTokenizerFast) -> N
     expected = worded.scores(model, ROWS)
     attached(model, *with_slots([], soft))
     assert torch.allclose(soft.scores(model, ROWS), expected, atol=1e-5)
+
+
+def test_slots_beside_masks_that_are_filled_one_after_another(bert: BertForMaskedLM, tokenizer: Any) -> None:
+    words = Verbalizer({"neg": "bad film", "pos": "good"})
+    worded, soft = (
+        MultiMaskScorer(tokenizer=tokenizer, template=Template(f"{{text}} {what} {{mask*}}"), verbalizer=words)
+        for what in ("is", "{soft:is}")
+    )
+    expected = worded.scores(bert, ROWS)
+    attached(bert, slots_of(soft))
+    assert torch.allclose(soft.scores(bert, ROWS), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("encoder", [None, "mlp", "lstm"])

@@ -162,7 +162,7 @@ def test_a_training_makes_the_loss_small_and_is_the_same_again(build: Any, tmp_p
 def test_adafactor_is_transformers_with_a_fixed_rate() -> None:
     """One step: each tensor moves by rate · max(1e-3, its rms) · update of rms at most 1."""
     model, made = gpt2(len(WORDS)), scorer()
-    inlay.attach(model, IA3())
+    inlay.attach(model, inlay.LoRA(r=2))  # half of its tensors start at 0: their scale is the least there is
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     recipe = Recipe(steps=1, batch_size=4, learning_rate=3e-3, warmup=0.0, weight_decay=0.0, optimizer="adafactor")
@@ -171,7 +171,7 @@ def test_adafactor_is_transformers_with_a_fixed_rate() -> None:
         moved = (parameter.detach() - before[name]).square().mean().sqrt()
         most = 3e-3 * max(1e-3, before[name].square().mean().sqrt().item())
         assert moved <= most * 1.001, name
-    assert all((parameter.detach() - before[name]).abs().max() > 0 for name, parameter in trained.items())
+    assert any((parameter.detach() - before[name]).abs().max() > 0 for name, parameter in trained.items())
     with pytest.raises(ConfigError, match="adamw, adafactor"):
         Recipe(optimizer="sgd")
 

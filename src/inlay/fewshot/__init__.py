@@ -31,6 +31,17 @@ _PLACES = {
     "Labelled": "problem",
     "System": "problem",
     "Stages": "stages",
+    "MultiMaskScorer": "scorers.multi_mask",
+    "ChoiceScorer": "scorers.choice",
+    "CrossEntropy": "objectives",
+    "Distillation": "objectives",
+    "Hinge": "objectives",
+    "Interval": "objectives",
+    "find_words": "word_search",
+    "search_words": "word_search",
+    "search_labels": "label_search",
+    "search_templates": "template_search",
+    "Demonstrations": "demonstrations",
     "embedded_model": "embedded",
 }
 
