@@ -176,7 +176,7 @@ def measure(task: str, system: str, shots: int, seed: int, files: dict[str, str]
     return {
         "system": system, "shots": shots, "seed": seed, "digest": result.split["digest"],
         **{name: round(value, 6) for name, value in result.test.items()},
-        "trainable_parameters": result.trainable_parameters, "adapters": result.adapters,
+        "flops": result.flops, "trainable_parameters": result.trainable_parameters, "adapters": result.adapters,
         "cpu_seconds": round(seconds, 1),
     }  # fmt: skip
 
@@ -194,8 +194,9 @@ def table() -> str:
         runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
         shots = sorted({run["shots"] for run in runs})
         lines += ["", f"## {path.stem}", ""]
-        lines += ["| System | " + " | ".join(f"{k} a class" for k in shots) + " | parameters | CPU s (most shots) |"]
-        lines += ["| --- |" + " ---: |" * (len(shots) + 2)]
+        figures = ["parameters", "MFLOPs an answer", "CPU s (most shots)"]
+        lines += ["| " + " | ".join(["System", *(f"{k} a class" for k in shots), *figures]) + " |"]
+        lines += ["| --- |" + " ---: |" * (len(shots) + 3)]
         for system in SYSTEMS:
             own = [run for run in runs if run["system"] == system]
             if own:
@@ -203,7 +204,9 @@ def table() -> str:
                 last = [run["cpu_seconds"] for run in own if run["shots"] == max(r["shots"] for r in own)]
                 count = max(run["trainable_parameters"] for run in own)
                 shown = f"{count:,}" + (f" × {own[0]['adapters']}" if own[0]["adapters"] > 1 else "")
-                lines.append(f"| {system} | " + " | ".join(cells) + f" | {shown} | {statistics.fmean(last):.0f} |")
+                flops = statistics.fmean(run["flops"] for run in own) / 1e6
+                figures = [*cells, shown, f"{flops:,.0f}", f"{statistics.fmean(last):.0f}"]
+                lines.append(f"| {system} | " + " | ".join(figures) + " |")
     return "\n".join(lines) + "\n"
 
 

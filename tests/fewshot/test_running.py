@@ -79,6 +79,7 @@ def test_a_run_is_measured_and_can_be_used(kind: str, make: Callable[..., FewSho
     assert stored["mean"] == report.mean
     assert stored["seeds"][0]["split"]["digest"] != stored["seeds"][1]["split"]["digest"]
     assert [result.adapters for result in report.seeds] == [1, 1]
+    assert all(result.flops > 0 and result.tokens > 0 for result in report.seeds)
     for seed, point in zip(run.seeds, points, strict=True):
         assert evaluate(run.out, seed=seed)["accuracy"] == pytest.approx(point)
     predictions = predict(run.out, str(data / "unlabelled.jsonl"), data / "found.jsonl")

@@ -30,6 +30,10 @@ class SeedResult:
     """Of its largest adapter."""
     adapters: int
     """How many were trained."""
+    flops: float
+    """Floating-point operations of one answer, the mean over some rows."""
+    tokens: float
+    """Tokens that are read for one answer."""
     stages: Mapping[str, float]
     """Seconds of each stage."""
 
@@ -74,6 +78,7 @@ class Report:
         plural = "s" if first.adapters != 1 else ""
         lines += [
             f"trained      {first.adapters} adapter{plural} a seed, of at most {first.trainable_parameters:,} numbers",
+            f"an answer    {first.flops / 1e6:,.1f} MFLOPs, {first.tokens:.0f} tokens read",
             f"took         {duration(sum(result.seconds for result in self.seeds))}, on {self.device}",
         ]
         return "\n".join(lines)

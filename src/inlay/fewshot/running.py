@@ -19,6 +19,7 @@ from inlay.errors import ConfigError, DataError, TrainingError
 from inlay.fewshot.base import Base
 from inlay.fewshot.embedded import embedded_model
 from inlay.fewshot.fitting import Recipe
+from inlay.fewshot.flops import cost
 from inlay.fewshot.problem import Labelled, Problem, System
 from inlay.fewshot.report import Report, SeedResult
 from inlay.fewshot.run import RUN_FILE, FewShotRun
@@ -35,6 +36,9 @@ from inlay.tasks.labels import check_known, label_name, sort_labels
 from inlay.train.arguments import default_learning_rate
 from inlay.train.files import write_json, write_text
 from inlay.train.record import duration
+
+COSTED = 8
+"""Rows on which the cost of an answer is counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +167,8 @@ def _solved(ready: Ready, split: Split, seed: int, out: Path, say: Callable[[str
         scores = stages.tensor("test-scores", lambda: solution.scores(ready.base, rows), rows=len(rows))
         true = np.array([ready.labels.index(label_name(row[ready.label])) for row in rows])
         test = single_label_scores(scores.argmax(-1).numpy(), true)
+    some = (ready.test if ready.test is not None else ready.train).to_list()[:COSTED]
+    price = stages.once("cost", lambda folder: dataclasses.asdict(cost(solution, ready.base, some)))
     notes = stages.notes()
     return SeedResult(
         seed=seed,
@@ -170,6 +176,8 @@ def _solved(ready: Ready, split: Split, seed: int, out: Path, say: Callable[[str
         test=test,
         seconds=round(sum(note["seconds"] for note in notes.values()), 3),
         trainable_parameters=max((note.get("trainable_parameters", 0) for note in notes.values()), default=0),
+        flops=price["flops"],
+        tokens=price["tokens"],
         adapters=sum("trainable_parameters" in note for note in notes.values()),
         stages={name: note["seconds"] for name, note in notes.items()},
     )
