@@ -24,9 +24,9 @@ from _protocol import Results, arguments, chosen, interleaved
 from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
+from inlay.fewshot.prompts.template import Row, Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.multi_mask import DECODES, MultiMaskScorer
-from inlay.fewshot.template import Row, Template
-from inlay.fewshot.verbalizer import Verbalizer
 from inlay.train.demo import demonstration_model
 
 DATA = Path(__file__).parents[1] / "examples" / "data" / "test.jsonl"

@@ -4,9 +4,8 @@
 
 MiniLM (extra `demo`) is a sentence encoder: its files have no output head. Here a head is put on it (its matrix is the
 token embedding; its bias starts as the words' log-frequencies), and the head and a LoRA in all linears of the body
-learn to fill in hidden words of public-domain books, Wikipedia sentences and speeches: 1,600 steps of 64 lines. What was
-learned is written in bfloat16 to OUT/minilm (2.4 MB), which is the folder that lies in the package. A run that was
-stopped goes on with --resume.
+learn to fill in hidden words of public-domain books, Wikipedia sentences and speeches: 1,600 steps of 64 lines. It is
+written in bfloat16 to OUT/minilm (2.4 MB), the folder that lies in the package. --resume goes on with a stopped run.
 """
 
 from __future__ import annotations

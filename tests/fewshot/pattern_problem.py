@@ -10,12 +10,12 @@ from typing import Any
 
 from inlay import LoRA
 from inlay.fewshot.base import Base
-from inlay.fewshot.fitting import Recipe
+from inlay.fewshot.learning.fitting import Recipe
 from inlay.fewshot.predictor import Solution
 from inlay.fewshot.problem import Labelled, Problem, System
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.stages import Stages
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 
 LABELS = ("neg", "pos")
 SIGNS = {"neg": ["awful", "terrible", "never"], "pos": ["wonderful", "great", "fine"]}

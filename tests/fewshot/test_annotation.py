@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from inlay.errors import ConfigError, DataError
-from inlay.fewshot.annotation import Annotated, drawn, most_likely, soft_labels, teachers
-from inlay.fewshot.ensembles import combined
-from inlay.fewshot.objectives import Distillation, Step
-from inlay.fewshot.seeds import derived
+from inlay.fewshot.learning.annotation import Annotated, drawn, most_likely, soft_labels, teachers
+from inlay.fewshot.learning.objectives import Distillation, Step
+from inlay.fewshot.learning.seeds import derived
+from inlay.fewshot.scorers.ensembles import combined
 
 
 def scores(models: int = 3, rows: int = 20, labels: int = 4) -> list[torch.Tensor]:

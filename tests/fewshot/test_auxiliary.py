@@ -14,14 +14,14 @@ from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
 from inlay import LoRA
 from inlay.errors import ConfigError, DataError
-from inlay.fewshot.auxiliary import AuxiliaryMaskedLM
 from inlay.fewshot.base import Base
-from inlay.fewshot.fitting import Recipe, fit
-from inlay.fewshot.objectives import CrossEntropy, Objective, Step
+from inlay.fewshot.learning.auxiliary import AuxiliaryMaskedLM
+from inlay.fewshot.learning.fitting import Recipe, fit
+from inlay.fewshot.learning.objectives import CrossEntropy, Objective, Step
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.head import HeadScorer
 from inlay.fewshot.scorers.mask import MaskScorer
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 
 TEXTS = ["the film was good", "a bad movie , really", "news", "sports is all the world to me and to you and to us", "x"]
 ROWS = [{"text": text} for text in TEXTS]

@@ -10,11 +10,11 @@ import torch
 import inlay
 from inlay.errors import ConfigError
 from inlay.fewshot.base import Base
-from inlay.fewshot.fitting import Recipe, fit
+from inlay.fewshot.learning.fitting import Recipe, fit
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.head import HeadScorer
 from inlay.fewshot.scorers.mask import MaskScorer
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 from inlay.methods.lora import LoRA
 
 ROWS, LABELS = [{"text": "good film"}, {"text": "bad"}], ["pos", "neg"]

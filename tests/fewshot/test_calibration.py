@@ -11,12 +11,12 @@ from fewshot.writers import WORDS, Planted, gpt2, held, whole_words
 
 from inlay.errors import ConfigError
 from inlay.fewshot.base import Base
-from inlay.fewshot.calibration import CONTENT_FREE, calibrated, content_free, offset
 from inlay.fewshot.predictor import Predictor
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
+from inlay.fewshot.scorers.calibration import CONTENT_FREE, calibrated, content_free, offset
 from inlay.fewshot.scorers.choice import ChoiceScorer
 from inlay.fewshot.scorers.mask import MaskScorer
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 
 ROWS = [{"text": text} for text in ("a b c d", "a movie", "film plot", "b", "c c")]
 SHOWN = [({"text": "a"}, "pos"), ({"text": "b"}, "neg")]

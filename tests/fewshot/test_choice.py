@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 import inlay
 from inlay.errors import ConfigError
-from inlay.fewshot.continuations import causal_log_probs, reads_prompt_once, seq2seq_log_probs
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.choice import ChoiceScorer
+from inlay.fewshot.scorers.continuations import causal_log_probs, reads_prompt_once, seq2seq_log_probs
 from inlay.fewshot.scorers.kinds import scorer_from_dict
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 
 ROWS = [{"text": text} for text in ("a b c d", "a movie", "film plot a e d c b a", "b")]
 

@@ -24,19 +24,19 @@ from transformers import (
 import inlay
 from inlay.errors import ConfigError, UnsupportedError
 from inlay.fewshot.base import Base
-from inlay.fewshot.fitting import Recipe
-from inlay.fewshot.head_rows import head_rows
+from inlay.fewshot.learning.fitting import Recipe
 from inlay.fewshot.methods.restricted_head import RestrictedHead, restricted_to
 from inlay.fewshot.predictor import Predictor
 from inlay.fewshot.problem import Labelled, Problem
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
+from inlay.fewshot.scorers.head_rows import head_rows
 from inlay.fewshot.scorers.kinds import scorer_from_dict
 from inlay.fewshot.scorers.mask import MaskScorer
 from inlay.fewshot.splits import few_shot_split
 from inlay.fewshot.stages import Stages
 from inlay.fewshot.systems import system_class
 from inlay.fewshot.systems.content import Content
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 
 TEMPLATE = "{text} It is {mask*2} ."
 WORDS = {"pro": "good news", "con": ["bad news", "awful film"], "none": "nothing ever"}

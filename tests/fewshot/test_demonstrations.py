@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerFast
 
 from inlay.errors import CheckpointError, ConfigError, DataError
 from inlay.fewshot.base import Base
-from inlay.fewshot.demonstrations import BodyEmbedder, Demonstrations
 from inlay.fewshot.explaining import explained
-from inlay.fewshot.fitting import Recipe, fit
+from inlay.fewshot.learning.fitting import Recipe, fit
 from inlay.fewshot.predictor import Predictor, Solution
+from inlay.fewshot.prompts.demonstrations import BodyEmbedder, Demonstrations
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.mask import MaskScorer
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 from inlay.methods.lora import LoRA
 
 NAMES = ("neg", "pos", "so")

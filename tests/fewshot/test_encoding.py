@@ -9,8 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from inlay.errors import ConfigError
-from inlay.fewshot.encoding import Encoded, Encoder
-from inlay.fewshot.template import Template
+from inlay.fewshot.prompts.encoding import Encoded, Encoder
+from inlay.fewshot.prompts.template import Template
 
 ALPHABET = [*"abcxyz  ..!(é好\n", "good", " movie", " terrible", "    ", "[MASK]", "<mask>", "[SEP]", "</s>", " it was"]
 TEMPLATES = [

@@ -15,11 +15,11 @@ import inlay
 from inlay.engine.adapters import adapters_of
 from inlay.engine.controller import Controller
 from inlay.errors import ConfigError, TrainingError
-from inlay.fewshot.fitting import Fit, Recipe, fit
-from inlay.fewshot.objectives import CrossEntropy, Distillation, Objective, Step
+from inlay.fewshot.learning.fitting import Fit, Recipe, fit
+from inlay.fewshot.learning.objectives import CrossEntropy, Distillation, Objective, Step
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.mask import MaskScorer
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 from inlay.methods.lora import LoRA
 
 ROWS = [{"text": text} for text in ("a good film", "bad film", "great", "the awful movie", "fine", "terrible")]

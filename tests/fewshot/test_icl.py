@@ -12,16 +12,16 @@ from fewshot.writers import WORDS, Copying, gpt2, held, llama, t5, whole_words
 
 from inlay.errors import ConfigError, DataError
 from inlay.fewshot.base import Base
-from inlay.fewshot.fitting import Recipe
 from inlay.fewshot.flops import cost
-from inlay.fewshot.forms import asked, form_of
+from inlay.fewshot.learning.fitting import Recipe
 from inlay.fewshot.predictor import Predictor, Solution
 from inlay.fewshot.problem import Labelled, Problem
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
+from inlay.fewshot.scorers.forms import asked, form_of
 from inlay.fewshot.stages import Stages
 from inlay.fewshot.systems import system_class
 from inlay.fewshot.systems.icl import ICL
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 
 LABELS = ("neg", "pos")
 TRAIN = Labelled(

@@ -14,17 +14,17 @@ from fewshot.pattern_problem import PATTERNS, files, rows, small_problem, solved
 from torch import Tensor
 
 from inlay.errors import ConfigError, DataError
-from inlay.fewshot.annotation import soft_labels
 from inlay.fewshot.base import Base
-from inlay.fewshot.pattern_ensemble import PatternEnsemble
+from inlay.fewshot.learning.annotation import soft_labels
+from inlay.fewshot.learning.pattern_ensemble import PatternEnsemble
+from inlay.fewshot.learning.seeds import derived
 from inlay.fewshot.predictor import Predictor
 from inlay.fewshot.problem import Labelled, Problem
+from inlay.fewshot.prompts.template import Template
 from inlay.fewshot.scorers.head import HeadScorer
-from inlay.fewshot.seeds import derived
 from inlay.fewshot.stages import Stages
 from inlay.fewshot.systems import system_class
 from inlay.fewshot.systems.ipet import IPET
-from inlay.fewshot.template import Template
 
 NOTHING = Labelled(rows=[], labels=[])
 

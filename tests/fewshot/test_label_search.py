@@ -10,10 +10,10 @@ from fewshot import toys
 from transformers import PreTrainedTokenizerFast
 
 from inlay.errors import ConfigError, DataError
-from inlay.fewshot.label_search import Near, search_labels, vocabulary_scores, word_starts
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer, word_tokens
 from inlay.fewshot.scorers.mask import MaskScorer
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer, word_tokens
+from inlay.fewshot.searches.label_search import Near, search_labels, vocabulary_scores, word_starts
 
 NAMES = ("a", "b", "c")
 Y = ["a", "b", "c"] * 4
@@ -83,7 +83,7 @@ def test_a_constant_of_each_example_changes_nothing() -> None:
 
 
 def test_a_small_budget_finds_the_planted_words_too_and_never_scores_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    from inlay.fewshot import label_search
+    from inlay.fewshot.searches import label_search
 
     scores, counts = planted(4), list[int]()
     scored = label_search._Space.ascent

@@ -21,15 +21,15 @@ import inlay
 from inlay.engine.registry import make_method
 from inlay.errors import ConfigError
 from inlay.fewshot.base import Base
-from inlay.fewshot.fitting import Recipe
-from inlay.fewshot.language_head import language_head
+from inlay.fewshot.learning.fitting import Recipe
+from inlay.fewshot.learning.language_head import language_head
 from inlay.fewshot.predictor import Predictor
 from inlay.fewshot.problem import Labelled, Problem
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.stages import Stages
 from inlay.fewshot.systems import system_class
 from inlay.fewshot.systems.list import LiST
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 
 ROWS = [{"text": text} for text in ("a good film", "bad film", "great movie", "terrible news")]
 UNLABELLED = [{"text": text} for text in ("good", "awful world", "the movie was fine", "bad bad", "wonderful", "no")]

@@ -15,19 +15,19 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from inlay.errors import CheckpointError, ConfigError, DataError
 from inlay.fewshot.base import Base
-from inlay.fewshot.best_step import BestStep
-from inlay.fewshot.demonstrations import Demonstrations
-from inlay.fewshot.fitting import Recipe
-from inlay.fewshot.objectives import Interval, Step
+from inlay.fewshot.learning.best_step import BestStep
+from inlay.fewshot.learning.fitting import Recipe
+from inlay.fewshot.learning.objectives import Interval, Step
+from inlay.fewshot.learning.tuning import Tuning, grid_points
 from inlay.fewshot.predictor import Solution
 from inlay.fewshot.problem import Labelled, Problem
-from inlay.fewshot.ranking import Quality, quality
+from inlay.fewshot.prompts.demonstrations import Demonstrations
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
+from inlay.fewshot.searches.ranking import Quality, quality
 from inlay.fewshot.stages import Stages
 from inlay.fewshot.systems import system_class
 from inlay.fewshot.systems.lm_bff import LMBFF
-from inlay.fewshot.template import Template
-from inlay.fewshot.tuning import Tuning, grid_points
-from inlay.fewshot.verbalizer import Verbalizer
 from inlay.methods.lora import LoRA
 
 TEXTS = {"neg": ["bad film", "awful", "a terrible movie"], "pos": ["good film", "great", "a wonderful movie"]}
@@ -90,7 +90,7 @@ def test_without_demonstrations_and_development_rows_it_is_plain_prompting(probl
 
 def test_the_step_that_is_kept_is_the_best(problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The saved adapter has the best quality that was measured while it was trained."""
-    from inlay.fewshot import tuning
+    from inlay.fewshot.learning import tuning
 
     seen = list[Quality]()
 

@@ -10,10 +10,10 @@ from fewshot import toys
 from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
 from inlay.errors import ConfigError
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.kinds import scorer_from_dict
 from inlay.fewshot.scorers.mask import MaskScorer
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 
 WORDS = Verbalizer({"neg": ["terrible", "bad", "awful"], "pos": "great", "so": ["fine", "maybe"]})
 

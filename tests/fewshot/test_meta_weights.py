@@ -14,12 +14,12 @@ from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
 import inlay
 from inlay.errors import ConfigError
-from inlay.fewshot.fitting import Recipe, fit
-from inlay.fewshot.meta_weights import MetaWeighted, Way, divergences, gains, normalised
-from inlay.fewshot.objectives import Distillation, Step
+from inlay.fewshot.learning.fitting import Recipe, fit
+from inlay.fewshot.learning.meta_weights import MetaWeighted, Way, divergences, gains, normalised
+from inlay.fewshot.learning.objectives import Distillation, Step
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.mask import MaskScorer
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 
 TEXTS = ["a good film", "bad film", "great movie", "the awful movie", "it was fine", "terrible news"]
 ROWS = [{"text": text} for text in TEXTS]

@@ -17,17 +17,17 @@ from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 import inlay
 from inlay.errors import ConfigError
 from inlay.fewshot.base import Base
-from inlay.fewshot.fitting import Recipe, fit
-from inlay.fewshot.objectives import CrossEntropy, Hinge, Step
+from inlay.fewshot.learning.fitting import Recipe, fit
+from inlay.fewshot.learning.objectives import CrossEntropy, Hinge, Step
 from inlay.fewshot.predictor import Solution
 from inlay.fewshot.problem import Labelled, Problem
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.kinds import scorer_from_dict
 from inlay.fewshot.scorers.mask import MaskScorer
 from inlay.fewshot.scorers.multi_mask import DECODES, MultiMaskScorer
 from inlay.fewshot.stages import Stages
 from inlay.fewshot.systems.prompt import Prompt
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 from inlay.methods.lora import LoRA
 
 LONG = {

@@ -18,21 +18,21 @@ import inlay
 from inlay.engine.adapters import adapters_of
 from inlay.errors import CheckpointError, ConfigError
 from inlay.fewshot.base import Base
-from inlay.fewshot.fitting import Recipe, fit
+from inlay.fewshot.learning.fitting import Recipe, fit
 from inlay.fewshot.methods.soft_slots import SlotsPiece, SoftSlots
 from inlay.fewshot.predictor import Predictor
 from inlay.fewshot.problem import Labelled, Problem
+from inlay.fewshot.prompts.soft_slots import slots_of, with_slots
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.choice import ChoiceScorer
 from inlay.fewshot.scorers.mask import MaskScorer
 from inlay.fewshot.scorers.multi_mask import MultiMaskScorer
-from inlay.fewshot.soft_slots import slots_of, with_slots
 from inlay.fewshot.stages import Stages
 from inlay.fewshot.systems import system_class
 from inlay.fewshot.systems.p_tuning import PTuning
 from inlay.fewshot.systems.prompt import Prompt
 from inlay.fewshot.systems.standard import Standard
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 
 ROWS = [{"text": text} for text in ("a good film", "bad film", "great", "the awful movie")]
 LABELS = ["pos", "neg", "pos", "neg"]

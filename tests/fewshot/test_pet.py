@@ -10,18 +10,18 @@ import torch
 from fewshot.pattern_problem import PATTERNS, files, rows, small_problem, solved, stopped_everywhere
 
 from inlay.errors import ConfigError
-from inlay.fewshot.annotation import soft_labels
 from inlay.fewshot.base import Base
-from inlay.fewshot.objectives import CrossEntropy
-from inlay.fewshot.pattern_ensemble import PatternEnsemble
+from inlay.fewshot.learning.annotation import soft_labels
+from inlay.fewshot.learning.objectives import CrossEntropy
+from inlay.fewshot.learning.pattern_ensemble import PatternEnsemble
 from inlay.fewshot.predictor import Predictor, Solution
 from inlay.fewshot.problem import Labelled
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.head import HeadScorer
 from inlay.fewshot.stages import Stages
 from inlay.fewshot.systems import system_class
 from inlay.fewshot.systems.pet import PET
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 
 FAST = {"repetitions": 2, "final": {"steps": 4, "batch_size": 8}}
 

@@ -11,13 +11,13 @@ import torch
 import inlay
 from inlay.errors import CheckpointError, ConfigError
 from inlay.fewshot.base import Base
-from inlay.fewshot.ensembles import combined
-from inlay.fewshot.fitting import Recipe, fit
+from inlay.fewshot.learning.fitting import Recipe, fit
 from inlay.fewshot.predictor import Predictor, Solution
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
+from inlay.fewshot.scorers.ensembles import combined
 from inlay.fewshot.scorers.head import HeadScorer
 from inlay.fewshot.scorers.mask import MaskScorer
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 from inlay.methods.lora import LoRA
 
 ROWS = [{"text": text} for text in ("good film", "bad", "a really great movie", "")]

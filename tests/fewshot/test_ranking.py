@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from inlay.errors import ConfigError
-from inlay.fewshot.ranking import Quality, quality, rank
+from inlay.fewshot.searches.ranking import Quality, quality, rank
 
 
 def test_the_best_first_and_equals_in_their_order() -> None:

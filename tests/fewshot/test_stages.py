@@ -14,12 +14,12 @@ import torch
 
 from inlay.errors import CheckpointError
 from inlay.fewshot.base import Base
-from inlay.fewshot.fitting import Recipe
+from inlay.fewshot.learning.fitting import Recipe
 from inlay.fewshot.predictor import Predictor
 from inlay.fewshot.problem import Labelled, Problem
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.stages import Stages
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 from inlay.methods.lora import LoRA
 
 

@@ -17,17 +17,17 @@ import inlay
 from inlay.errors import ConfigError
 from inlay.fewshot import FewShotRun, evaluate, fewshot
 from inlay.fewshot.base import Base
-from inlay.fewshot.choice_objectives import LengthNormalised, TargetNLL, Unlikelihood
-from inlay.fewshot.fitting import Recipe, fit
-from inlay.fewshot.objectives import CrossEntropy, Step
+from inlay.fewshot.learning.choice_objectives import LengthNormalised, TargetNLL, Unlikelihood
+from inlay.fewshot.learning.fitting import Recipe, fit
+from inlay.fewshot.learning.objectives import CrossEntropy, Step
 from inlay.fewshot.problem import Labelled, Problem
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.choice import ChoiceScorer
 from inlay.fewshot.scorers.drawn import DrawnScorer
 from inlay.fewshot.stages import Stages
 from inlay.fewshot.systems import system_class
 from inlay.fewshot.systems.t_few import TFew
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 from inlay.methods.ia3 import IA3
 
 ROWS = [{"text": text} for text in ("a b", "c d e", "movie", "film")]

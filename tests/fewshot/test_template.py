@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from inlay.errors import ConfigError, DataError
-from inlay.fewshot.template import FILTERS, Piece, Template
+from inlay.fewshot.prompts.template import FILTERS, Piece, Template
 
 ROW = {"text": "Slow, dull!", "other": "It ends."}
 

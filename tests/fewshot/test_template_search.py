@@ -13,8 +13,8 @@ from fewshot.seq2seq_toys import Planted, t5_tokenizer
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from inlay.errors import ConfigError
-from inlay.fewshot.template import Template
-from inlay.fewshot.template_search import Blanks, Filler, Form, forms_for, search_templates, sentinels
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.searches.template_search import Blanks, Filler, Form, forms_for, search_templates, sentinels
 
 EXAMPLES = [("It", "", "great"), ("was", "a", "bad"), ("a It", "", "great")]
 

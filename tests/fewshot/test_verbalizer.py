@@ -10,9 +10,9 @@ from fewshot import toys
 from transformers import PreTrainedTokenizerFast
 
 from inlay.errors import ConfigError
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer, word_tokens
 from inlay.fewshot.scorers.mask import MaskScorer
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer, word_tokens
 
 WORDS = Verbalizer({"neg": "terrible", "pos": ["great", "good"]})
 

@@ -13,10 +13,16 @@ from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
 from inlay.errors import ConfigError, DataError
 from inlay.fewshot.base import Base
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.mask import MaskScorer
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
-from inlay.fewshot.word_search import find_words, search_words, word_candidates, word_probabilities, word_scores
+from inlay.fewshot.searches.word_search import (
+    find_words,
+    search_words,
+    word_candidates,
+    word_probabilities,
+    word_scores,
+)
 
 TEMPLATE = Template("{text} It was {mask}.")
 

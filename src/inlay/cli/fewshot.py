@@ -43,8 +43,8 @@ def fewshot(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Learn from a few labels by asking a pretrained model: PET, LM-BFF, T-Few, in-context learning, …"""
+    from inlay.fewshot.prompts.verbalizer import Verbalizer
     from inlay.fewshot.run import FewShotRun
-    from inlay.fewshot.verbalizer import Verbalizer
 
     words = [*(verbalizer or []), *(entry for entry in more or [] if "=" in entry)]
     files = [entry for entry in more or [] if "=" not in entry]

@@ -4,7 +4,16 @@
     report = fewshot(FewShotRun(train="train.jsonl", test="test.jsonl", shots=16, templates=["{text} It was {mask}."],
                                 verbalizer={"neg": "terrible", "pos": "great"}))
 
-Systems lie in `systems/`, one short file each; what they are made of lies here. Names are imported on first use.
+Data flows this way, and each folder's files are made of those before it:
+
+    prompts/    rows -> templates, label words, demonstrations -> token ids
+    scorers/    token ids -> a model's answer -> one score for each label
+    learning/   scores -> objectives, the loop, pseudo-labels
+    searches/   for label words and templates
+    systems/    PET, LM-BFF, T-Few, …: one short file each
+    run.py -> running.py -> report.py, saved.py     a run: described, run in stages, measured, used
+
+Names are imported on first use.
 """
 
 from __future__ import annotations
@@ -19,12 +28,12 @@ _PLACES = {
     "evaluate": "saved",
     "explain": "saved",
     "Report": "report",
-    "Template": "template",
-    "Verbalizer": "verbalizer",
+    "Template": "prompts.template",
+    "Verbalizer": "prompts.verbalizer",
     "MaskScorer": "scorers.mask",
     "HeadScorer": "scorers.head",
-    "Recipe": "fitting",
-    "fit": "fitting",
+    "Recipe": "learning.fitting",
+    "fit": "learning.fitting",
     "few_shot_split": "splits",
     "Base": "base",
     "Problem": "problem",
@@ -33,15 +42,15 @@ _PLACES = {
     "Stages": "stages",
     "MultiMaskScorer": "scorers.multi_mask",
     "ChoiceScorer": "scorers.choice",
-    "CrossEntropy": "objectives",
-    "Distillation": "objectives",
-    "Hinge": "objectives",
-    "Interval": "objectives",
-    "find_words": "word_search",
-    "search_words": "word_search",
-    "search_labels": "label_search",
-    "search_templates": "template_search",
-    "Demonstrations": "demonstrations",
+    "CrossEntropy": "learning.objectives",
+    "Distillation": "learning.objectives",
+    "Hinge": "learning.objectives",
+    "Interval": "learning.objectives",
+    "find_words": "searches.word_search",
+    "search_words": "searches.word_search",
+    "search_labels": "searches.label_search",
+    "search_templates": "searches.template_search",
+    "Demonstrations": "prompts.demonstrations",
     "embedded_model": "embedded",
 }
 

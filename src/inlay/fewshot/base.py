@@ -28,7 +28,7 @@ from inlay.engine.checkpoint import load
 from inlay.engine.piece import Method
 from inlay.engine.roles import new_heads
 from inlay.errors import ConfigError, did_you_mean
-from inlay.fewshot.warm_start import start_from
+from inlay.fewshot.learning.warm_start import start_from
 from inlay.tasks.batches import check_fit
 from inlay.tasks.loading import load_pretrained, load_tokenizer
 from inlay.train.trainer import untouched_random_states
@@ -93,7 +93,7 @@ class Base:
     ) -> Iterator[PreTrainedModel]:
         """The model with a fresh adapter (and, where its head is new, a fresh head) in it; taken out at the end.
 
-        With `start` the adapter has the values of a saved one (`warm_start.py`).
+        With `start` the adapter has the values of a saved one (`learning/warm_start.py`).
         """
         model = self.model(auto, labels)
         fresh = sorted({name.rpartition(".")[0] for name in getattr(model, "fresh_parameters", ())})

@@ -9,9 +9,9 @@ import torch
 
 from inlay.fewshot.base import Base
 from inlay.fewshot.predictor import Predictor, Solution
+from inlay.fewshot.prompts.template import Row
 from inlay.fewshot.scorers.mask import MaskScorer
 from inlay.fewshot.scorers.scorer import on
-from inlay.fewshot.template import Row
 from inlay.tasks.batches import evaluating
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from inlay.errors import DataError
 from inlay.fewshot.base import Base
 from inlay.fewshot.predictor import Solution
-from inlay.fewshot.template import Row
+from inlay.fewshot.prompts.template import Row
 
 
 @dataclasses.dataclass(frozen=True)

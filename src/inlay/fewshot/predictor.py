@@ -15,11 +15,11 @@ from torch import Tensor
 
 from inlay.errors import CheckpointError, ConfigError
 from inlay.fewshot.base import Base
-from inlay.fewshot.demonstrations import Demonstrations
-from inlay.fewshot.ensembles import Space, combined
+from inlay.fewshot.prompts.demonstrations import Demonstrations
+from inlay.fewshot.prompts.template import Row
+from inlay.fewshot.scorers.ensembles import Space, combined
 from inlay.fewshot.scorers.kinds import scorer_from_dict
 from inlay.fewshot.scorers.scorer import Demonstration, Scorer
-from inlay.fewshot.template import Row
 
 Shown = Sequence[Sequence[Demonstration]]
 
@@ -35,7 +35,7 @@ class Predictor:
     """Sets of demonstrations: the model is asked with each, and the scores are averaged. None: it is shown nothing.
     `Demonstrations`: what draws sets for each row, where they depend on it."""
     offset: tuple[float, ...] | None = None
-    """What calibration takes off each label's log-probability (`calibration.py`)."""
+    """What calibration takes off each label's log-probability (`scorers/calibration.py`)."""
 
     def __post_init__(self) -> None:
         if self.adapter is None and self.scorer.template.soft:

@@ -16,17 +16,17 @@ from inlay.engine.checkpoint import save
 from inlay.engine.piece import Method
 from inlay.errors import ConfigError
 from inlay.fewshot.base import Base
-from inlay.fewshot.fitting import Demonstrator, Fit, Recipe, fit
-from inlay.fewshot.objectives import Objective
+from inlay.fewshot.learning.fitting import Demonstrator, Fit, Recipe, fit
+from inlay.fewshot.learning.objectives import Objective
 from inlay.fewshot.predictor import Predictor, Solution
+from inlay.fewshot.prompts.soft_slots import with_slots
+from inlay.fewshot.prompts.template import Row, Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.head import HeadScorer
 from inlay.fewshot.scorers.mask import MaskScorer
 from inlay.fewshot.scorers.multi_mask import MultiMaskScorer
 from inlay.fewshot.scorers.scorer import Scorer
-from inlay.fewshot.soft_slots import with_slots
 from inlay.fewshot.stages import Stages
-from inlay.fewshot.template import Row, Template
-from inlay.fewshot.verbalizer import Verbalizer
 
 ADAPTER = "adapter"
 

@@ -18,17 +18,17 @@ from inlay.engine.registry import make_method
 from inlay.errors import ConfigError, DataError, TrainingError
 from inlay.fewshot.base import Base
 from inlay.fewshot.embedded import embedded_model
-from inlay.fewshot.fitting import Recipe
 from inlay.fewshot.flops import cost
+from inlay.fewshot.learning.fitting import Recipe
 from inlay.fewshot.problem import Labelled, Problem, System
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.report import Report, SeedResult
 from inlay.fewshot.run import RUN_FILE, FewShotRun
 from inlay.fewshot.saved import SOLUTION_FILE, seed_folder
 from inlay.fewshot.splits import Split, few_shot_split
 from inlay.fewshot.stages import Stages
 from inlay.fewshot.systems import system_class
-from inlay.fewshot.template import Template
-from inlay.fewshot.verbalizer import Verbalizer
 from inlay.tasks import columns as named_columns
 from inlay.tasks.class_metrics import single_label_scores
 from inlay.tasks.data import read_splits, source_name

@@ -15,8 +15,8 @@ from inlay.fewshot.base import Base
 from inlay.fewshot.embedded import embedded_model
 from inlay.fewshot.explaining import Explanation, explained
 from inlay.fewshot.predictor import Solution
+from inlay.fewshot.prompts.template import Row
 from inlay.fewshot.run import RUN_FILE, FewShotRun, is_few_shot
-from inlay.fewshot.template import Row
 from inlay.tasks import columns as named_columns
 from inlay.tasks.class_metrics import single_label_scores
 from inlay.tasks.data import read_splits

@@ -26,12 +26,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from inlay.errors import ConfigError
-from inlay.fewshot.answering import Answering, trailing
-from inlay.fewshot.continuations import causal_log_probs, seq2seq_log_probs
-from inlay.fewshot.encoding import Encoded, Encoder
+from inlay.fewshot.prompts.answering import Answering, trailing
+from inlay.fewshot.prompts.encoding import Encoded, Encoder
+from inlay.fewshot.prompts.template import Rendered, Row, Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
+from inlay.fewshot.scorers.continuations import causal_log_probs, seq2seq_log_probs
 from inlay.fewshot.scorers.scorer import Batch, Demonstration, Scorer
-from inlay.fewshot.template import Rendered, Row, Template
-from inlay.fewshot.verbalizer import Verbalizer
 from inlay.tasks.batches import length_limit, pad_id
 
 Direction = Literal["direct", "channel", "pmi"]

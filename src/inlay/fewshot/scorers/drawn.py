@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from inlay.errors import ConfigError
-from inlay.fewshot.encoding import Encoded
+from inlay.fewshot.prompts.encoding import Encoded
+from inlay.fewshot.prompts.template import Row
 from inlay.fewshot.scorers.choice import ChoiceScorer
 from inlay.fewshot.scorers.scorer import Batch, Demonstration, Scorer
-from inlay.fewshot.template import Row
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from inlay.errors import ConfigError
-from inlay.fewshot.encoding import Encoded, Encoder
+from inlay.fewshot.prompts.encoding import Encoded, Encoder
+from inlay.fewshot.prompts.template import Row, Template
 from inlay.fewshot.scorers.scorer import MODEL_INPUTS, Batch, Demonstration, Scorer
-from inlay.fewshot.template import Row, Template
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

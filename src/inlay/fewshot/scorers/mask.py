@@ -21,12 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from inlay.errors import ConfigError
-from inlay.fewshot.encoding import Encoded, Encoder
-from inlay.fewshot.head_rows import head_rows
 from inlay.fewshot.methods.restricted_head import restricted_to
+from inlay.fewshot.prompts.encoding import Encoded, Encoder
+from inlay.fewshot.prompts.template import Row, Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
+from inlay.fewshot.scorers.head_rows import head_rows
 from inlay.fewshot.scorers.scorer import MODEL_INPUTS, Batch, Demonstration, Scorer
-from inlay.fewshot.template import Row, Template
-from inlay.fewshot.verbalizer import Verbalizer
 from inlay.tasks.head_positions import logits_at
 
 

@@ -26,11 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from inlay.errors import ConfigError, did_you_mean
-from inlay.fewshot.encoding import Encoded
-from inlay.fewshot.objectives import Hinge, Objective
+from inlay.fewshot.learning.objectives import Hinge, Objective
+from inlay.fewshot.prompts.encoding import Encoded
+from inlay.fewshot.prompts.template import Row
 from inlay.fewshot.scorers.mask import MaskScorer
 from inlay.fewshot.scorers.scorer import MODEL_INPUTS, Batch, Demonstration, on
-from inlay.fewshot.template import Row
 from inlay.tasks.batches import evaluating
 from inlay.tasks.head_positions import head_at
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from inlay.fewshot.encoding import Encoded
-from inlay.fewshot.objectives import CrossEntropy, Objective
-from inlay.fewshot.template import Row, Template
+from inlay.fewshot.learning.objectives import CrossEntropy, Objective
+from inlay.fewshot.prompts.encoding import Encoded
+from inlay.fewshot.prompts.template import Row, Template
 from inlay.tasks.batches import evaluating, pad_id
 
 Demonstration = tuple[Row, str]

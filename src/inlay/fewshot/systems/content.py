@@ -23,9 +23,9 @@ from inlay.errors import ConfigError
 from inlay.fewshot.methods.restricted_head import RestrictedHead
 from inlay.fewshot.predictor import Predictor, Solution
 from inlay.fewshot.problem import Problem, System
+from inlay.fewshot.prompts.template import Template
 from inlay.fewshot.scorers.mask import MaskScorer
 from inlay.fewshot.stages import Stages
-from inlay.fewshot.template import Template
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

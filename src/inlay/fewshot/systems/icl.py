@@ -18,13 +18,13 @@ import torch
 from typing_extensions import override
 
 from inlay.errors import ConfigError
-from inlay.fewshot.calibration import Calibration, content_free, offset
-from inlay.fewshot.forms import asked
+from inlay.fewshot.learning.seeds import derived
 from inlay.fewshot.predictor import Predictor, Solution
 from inlay.fewshot.problem import Labelled, Problem, System
+from inlay.fewshot.scorers.calibration import Calibration, content_free, offset
 from inlay.fewshot.scorers.choice import Direction
+from inlay.fewshot.scorers.forms import asked
 from inlay.fewshot.scorers.scorer import Demonstration
-from inlay.fewshot.seeds import derived
 from inlay.fewshot.stages import Stages
 
 

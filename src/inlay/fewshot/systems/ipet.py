@@ -24,11 +24,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from inlay.errors import ConfigError
-from inlay.fewshot.annotation import Annotated, drawn, most_likely, soft_labels, teachers
-from inlay.fewshot.pattern_ensemble import PatternEnsemble
+from inlay.fewshot.learning.annotation import Annotated, drawn, most_likely, soft_labels, teachers
+from inlay.fewshot.learning.pattern_ensemble import PatternEnsemble
+from inlay.fewshot.learning.seeds import derived
 from inlay.fewshot.predictor import Predictor, Solution
 from inlay.fewshot.problem import Labelled, Problem
-from inlay.fewshot.seeds import derived
 from inlay.fewshot.stages import Stages
 from inlay.fewshot.systems.pet import PET
 

@@ -23,13 +23,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from inlay.errors import ConfigError
-from inlay.fewshot.fitting import Recipe
-from inlay.fewshot.language_head import language_head
-from inlay.fewshot.meta_weights import MetaWeighted
+from inlay.fewshot.learning.fitting import Recipe
+from inlay.fewshot.learning.language_head import language_head
+from inlay.fewshot.learning.meta_weights import MetaWeighted
+from inlay.fewshot.learning.seeds import derived
 from inlay.fewshot.predictor import Predictor, Solution
 from inlay.fewshot.problem import Problem, System
 from inlay.fewshot.scorers.scorer import Scorer
-from inlay.fewshot.seeds import derived
 from inlay.fewshot.stages import Stages
 from inlay.train.settings import known_only
 

@@ -17,14 +17,14 @@ from typing import Any, ClassVar, Literal
 from typing_extensions import override
 
 from inlay.errors import ConfigError
-from inlay.fewshot.demonstrations import Demonstrations, Order
+from inlay.fewshot.learning.tuning import Tuning, grid_points
 from inlay.fewshot.predictor import Predictor, Solution
 from inlay.fewshot.problem import Problem, System
-from inlay.fewshot.prompt_search import Prompting, found_labels, found_templates, given
-from inlay.fewshot.ranking import rank
+from inlay.fewshot.prompts.demonstrations import Demonstrations, Order
 from inlay.fewshot.scorers.scorer import Scorer
+from inlay.fewshot.searches.prompt_search import Prompting, found_labels, found_templates, given
+from inlay.fewshot.searches.ranking import rank
 from inlay.fewshot.stages import Stages
-from inlay.fewshot.tuning import Tuning, grid_points
 
 WHOLE = ("sets", "checks", "k", "n", "beam", "ensemble", "budget")
 

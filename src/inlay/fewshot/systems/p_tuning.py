@@ -20,9 +20,9 @@ from typing_extensions import override
 from inlay.errors import ConfigError
 from inlay.fewshot.predictor import Predictor, Solution
 from inlay.fewshot.problem import Problem, System
-from inlay.fewshot.soft_slots import slots_of
+from inlay.fewshot.prompts.soft_slots import slots_of
+from inlay.fewshot.prompts.template import Template
 from inlay.fewshot.stages import Stages
-from inlay.fewshot.template import Template
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from inlay.errors import ConfigError
-from inlay.fewshot.annotation import soft_labels
-from inlay.fewshot.fitting import Recipe
-from inlay.fewshot.objectives import Distillation
-from inlay.fewshot.pattern_ensemble import PatternEnsemble, Weighing
+from inlay.fewshot.learning.annotation import soft_labels
+from inlay.fewshot.learning.fitting import Recipe
+from inlay.fewshot.learning.objectives import Distillation
+from inlay.fewshot.learning.pattern_ensemble import PatternEnsemble, Weighing
 from inlay.fewshot.predictor import Predictor, Solution
 from inlay.fewshot.problem import Problem, System
 from inlay.fewshot.stages import Stages

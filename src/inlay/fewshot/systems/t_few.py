@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from inlay.errors import ConfigError
-from inlay.fewshot.choice_objectives import LengthNormalised, TargetNLL, Unlikelihood
-from inlay.fewshot.forms import asked
+from inlay.fewshot.learning.choice_objectives import LengthNormalised, TargetNLL, Unlikelihood
 from inlay.fewshot.predictor import Predictor, Solution
 from inlay.fewshot.problem import Problem, System
 from inlay.fewshot.scorers.choice import ChoiceScorer
 from inlay.fewshot.scorers.drawn import DrawnScorer
+from inlay.fewshot.scorers.forms import asked
 from inlay.fewshot.stages import Stages
 
 

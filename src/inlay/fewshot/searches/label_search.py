@@ -25,10 +25,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.errors import ConfigError, DataError
+from inlay.fewshot.prompts.template import Row, Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.mask import MaskScorer
 from inlay.fewshot.scorers.scorer import on
-from inlay.fewshot.template import Row, Template
-from inlay.fewshot.verbalizer import Verbalizer
 from inlay.tasks.batches import evaluating
 
 CHUNK = 8192

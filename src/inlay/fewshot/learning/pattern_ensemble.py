@@ -15,15 +15,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from inlay.fewshot.auxiliary import AuxiliaryMaskedLM
-from inlay.fewshot.objectives import Objective, as_targets
+from inlay.fewshot.learning.auxiliary import AuxiliaryMaskedLM
+from inlay.fewshot.learning.objectives import Objective, as_targets
+from inlay.fewshot.learning.seeds import derived
 from inlay.fewshot.predictor import Predictor
 from inlay.fewshot.problem import Labelled, Problem
+from inlay.fewshot.prompts.soft_slots import with_slots
+from inlay.fewshot.prompts.template import Row
 from inlay.fewshot.scorers.scorer import Scorer
-from inlay.fewshot.seeds import derived
-from inlay.fewshot.soft_slots import with_slots
 from inlay.fewshot.stages import Stages
-from inlay.fewshot.template import Row
 
 Weighing = Literal["zero_shot_train", "uniform"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from inlay.fewshot.ranking import Quality
+from inlay.fewshot.searches.ranking import Quality
 
 
 class BestStep:

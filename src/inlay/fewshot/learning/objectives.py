@@ -21,7 +21,7 @@ from inlay.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from inlay.fewshot.encoding import Encoded
+    from inlay.fewshot.prompts.encoding import Encoded
     from inlay.fewshot.scorers.scorer import Batch, Scorer
 
 

@@ -13,9 +13,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from inlay.errors import ConfigError
 from inlay.fewshot.base import Base
 from inlay.fewshot.problem import Problem
+from inlay.fewshot.prompts.template import Template
 from inlay.fewshot.scorers.choice import ChoiceScorer
 from inlay.fewshot.scorers.scorer import Scorer
-from inlay.fewshot.template import Template
 
 Form = Literal["masked-lm", "causal-lm", "seq2seq"]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from inlay.errors import ConfigError
 from inlay.fewshot.base import Base
 from inlay.fewshot.predictor import Predictor
-from inlay.fewshot.template import Row, Template
+from inlay.fewshot.prompts.template import Row, Template
 
 Calibration = Literal["contextual", "batch"]
 CONTENT_FREE = ("N/A", "[MASK]", "")

@@ -25,10 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.errors import ConfigError, DataError
 from inlay.fewshot.base import Base
+from inlay.fewshot.prompts.template import Row, Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer, tokens_behind
 from inlay.fewshot.scorers.mask import MaskScorer
 from inlay.fewshot.scorers.scorer import on
-from inlay.fewshot.template import Row, Template
-from inlay.fewshot.verbalizer import Verbalizer, tokens_behind
 from inlay.tasks.batches import evaluating
 
 Measure = Literal["llr", "ce"]

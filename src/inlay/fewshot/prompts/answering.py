@@ -19,8 +19,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from inlay.errors import ConfigError
+from inlay.fewshot.prompts.template import Piece, Rendered, Row, Template
 from inlay.fewshot.scorers.scorer import Demonstration
-from inlay.fewshot.template import Piece, Rendered, Row, Template
 
 
 @dataclasses.dataclass(frozen=True)

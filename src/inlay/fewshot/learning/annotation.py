@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from inlay.errors import ConfigError, DataError
-from inlay.fewshot.ensembles import Space, combined
+from inlay.fewshot.learning.seeds import derived
 from inlay.fewshot.problem import Labelled
-from inlay.fewshot.seeds import derived
-from inlay.fewshot.template import Row
+from inlay.fewshot.prompts.template import Row
+from inlay.fewshot.scorers.ensembles import Space, combined
 
 
 @dataclasses.dataclass(frozen=True)

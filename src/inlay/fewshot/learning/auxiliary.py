@@ -16,9 +16,9 @@ from torch.nn import functional
 from typing_extensions import override
 
 from inlay.errors import ConfigError, DataError
-from inlay.fewshot.objectives import Objective, Step
+from inlay.fewshot.learning.objectives import Objective, Step
+from inlay.fewshot.prompts.template import Row
 from inlay.fewshot.scorers.scorer import MODEL_INPUTS, Batch, on
-from inlay.fewshot.template import Row
 from inlay.tasks.head_positions import head_at
 
 

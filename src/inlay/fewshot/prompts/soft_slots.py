@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from inlay.engine.piece import Method
-from inlay.fewshot.encoding import Encoder
 from inlay.fewshot.methods.soft_slots import SoftSlots
+from inlay.fewshot.prompts.encoding import Encoder
 from inlay.fewshot.scorers.scorer import Scorer
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from inlay.errors import ConfigError, did_you_mean
-from inlay.fewshot.template import Template
+from inlay.fewshot.prompts.template import Template
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,9 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
 from inlay.errors import ConfigError
-from inlay.fewshot.objectives import Objective, Step, as_targets
+from inlay.fewshot.learning.objectives import Objective, Step, as_targets
+from inlay.fewshot.prompts.template import Row
 from inlay.fewshot.scorers.scorer import on
-from inlay.fewshot.template import Row
 
 Way = Literal["forward", "difference"]
 EPSILON = 1e-6

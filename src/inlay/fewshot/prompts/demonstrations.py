@@ -25,9 +25,9 @@ from torch.nn import functional
 from inlay.engine.adapters import disabled, find_adapters
 from inlay.errors import CheckpointError, ConfigError, DataError
 from inlay.fewshot.base import Base
+from inlay.fewshot.learning.seeds import derived
+from inlay.fewshot.prompts.template import Row
 from inlay.fewshot.scorers.scorer import Demonstration
-from inlay.fewshot.seeds import derived
-from inlay.fewshot.template import Row
 from inlay.tasks.batches import evaluating
 
 Embedder = Callable[[Sequence[str]], Tensor]

@@ -19,9 +19,9 @@ from transformers import Adafactor, PreTrainedModel, get_scheduler
 
 from inlay.engine.adapters import adapters_of, controllers
 from inlay.errors import ConfigError, TrainingError, did_you_mean
-from inlay.fewshot.objectives import Objective, Step, as_targets
+from inlay.fewshot.learning.objectives import Objective, Step, as_targets
+from inlay.fewshot.prompts.template import Row
 from inlay.fewshot.scorers.scorer import Demonstration, Scorer, on
-from inlay.fewshot.template import Row
 from inlay.train.trainer import untouched_random_states
 
 Demonstrator = Callable[[Sequence[int], torch.Generator], Sequence[Sequence[Demonstration]]]
@@ -93,7 +93,7 @@ def fit(
     if scorer.template.soft and "soft_slots" not in _kinds(model):
         raise ConfigError(
             f"the template {scorer.template.source!r} has soft slots, and nothing that is attached trains them: attach "
-            "`inlay.fewshot.soft_slots.slots_of(scorer)` too"
+            "`inlay.fewshot.prompts.soft_slots.slots_of(scorer)` too"
         )
     targets = as_targets(labels, scorer.labels)
     optimizer = _optimizer(model, recipe)

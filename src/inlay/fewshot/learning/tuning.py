@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from inlay.errors import ConfigError
-from inlay.fewshot.best_step import BestStep
-from inlay.fewshot.demonstrations import Demonstrations
-from inlay.fewshot.fitting import Recipe
-from inlay.fewshot.objectives import as_targets
+from inlay.fewshot.learning.best_step import BestStep
+from inlay.fewshot.learning.fitting import Recipe
+from inlay.fewshot.learning.objectives import as_targets
+from inlay.fewshot.learning.seeds import derived
 from inlay.fewshot.predictor import Predictor
 from inlay.fewshot.problem import Labelled, Problem
-from inlay.fewshot.ranking import Quality, quality, rank
+from inlay.fewshot.prompts.demonstrations import Demonstrations
 from inlay.fewshot.scorers.scorer import Scorer
-from inlay.fewshot.seeds import derived
+from inlay.fewshot.searches.ranking import Quality, quality, rank
 from inlay.fewshot.stages import Stages
 from inlay.train.settings import known_only
 

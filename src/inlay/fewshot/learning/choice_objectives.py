@@ -21,7 +21,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from inlay.errors import ConfigError
-from inlay.fewshot.objectives import Objective, Step
+from inlay.fewshot.learning.objectives import Objective, Step
 from inlay.fewshot.scorers.choice import ChoiceScorer
 from inlay.fewshot.scorers.drawn import DrawnScorer
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from inlay.errors import ConfigError
-from inlay.fewshot.template import Row, Template
+from inlay.fewshot.prompts.template import Row, Template
 from inlay.tasks.batches import evaluating, pad_id
 
 Combine = Literal["logprob_sum", "logit_mean"]

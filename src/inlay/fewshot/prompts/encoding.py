@@ -14,8 +14,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from inlay.errors import ConfigError
-from inlay.fewshot.template import Piece, Rendered, Template
-from inlay.fewshot.verbalizer import word_tokens
+from inlay.fewshot.prompts.template import Piece, Rendered, Template
+from inlay.fewshot.prompts.verbalizer import word_tokens
 from inlay.tasks.batches import length_limit
 
 

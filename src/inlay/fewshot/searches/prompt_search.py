@@ -9,13 +9,13 @@ from typing import Any
 
 from inlay.errors import ConfigError
 from inlay.fewshot.base import Base
-from inlay.fewshot.label_search import Near, search_labels, vocabulary_scores, word_starts
 from inlay.fewshot.problem import Problem
+from inlay.fewshot.prompts.template import Template
+from inlay.fewshot.prompts.verbalizer import Verbalizer, word_tokens
 from inlay.fewshot.scorers.mask import MaskScorer
+from inlay.fewshot.searches.label_search import Near, search_labels, vocabulary_scores, word_starts
+from inlay.fewshot.searches.template_search import forms_for, search_templates
 from inlay.fewshot.stages import Stages
-from inlay.fewshot.template import Template
-from inlay.fewshot.template_search import forms_for, search_templates
-from inlay.fewshot.verbalizer import Verbalizer, word_tokens
 
 
 @dataclasses.dataclass(frozen=True)

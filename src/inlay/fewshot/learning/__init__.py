@@ -1,0 +1,1 @@
+"""How a model learns from few labels: objectives, the loop, pseudo-labels, warm starts."""

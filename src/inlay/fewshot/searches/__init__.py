@@ -1,0 +1,1 @@
+"""Searches for label words and templates, and the ranking of what they find."""
