@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from fewshot.writers import WORDS, Copying, gpt2, held, llama, t5, whole_words
+from torch.nn import functional
 
+import inlay
 from inlay.errors import ConfigError, DataError
 from inlay.fewshot.base import Base
 from inlay.fewshot.flops import cost
@@ -22,6 +24,7 @@ from inlay.fewshot.scorers.forms import asked, form_of
 from inlay.fewshot.stages import Stages
 from inlay.fewshot.systems import system_class
 from inlay.fewshot.systems.icl import ICL
+from inlay.fewshot.systems.prompt import Prompt
 
 LABELS = ("neg", "pos")
 TRAIN = Labelled(
@@ -146,3 +149,12 @@ def test_what_cannot_be_is_said_before_anything_is_read(base: Base) -> None:
     if form_of(base) == "masked-lm":
         with pytest.raises(ConfigError, match="models that write"):
             ICL(direction="pmi").check(problem(base))
+
+
+def test_prompt_trains_every_form_of_model(base: Base, tmp_path: Path) -> None:
+    """The mask's filler where there is a mask, the choice among the words where the model writes."""
+    made = problem(base, methods=(inlay.LoRA(r=2, targets="all-linear"),), recipe=Recipe(steps=20, learning_rate=1e-2))
+    before = Predictor(scorer=asked(made, made.templates[0])).scores(base, TRAIN.rows)
+    after = Prompt().solve(made, Stages(tmp_path)).scores(base, TRAIN.rows)
+    right = torch.tensor([LABELS.index(label) for label in TRAIN.labels])
+    assert functional.cross_entropy(after, right) < functional.cross_entropy(before, right)

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from inlay.fewshot.predictor import Solution
 from inlay.fewshot.problem import Problem, System
+from inlay.fewshot.scorers.forms import asked
 from inlay.fewshot.stages import Stages
 
 
@@ -25,10 +26,15 @@ class Prompt(System):
     paper: ClassVar[str] = "Schick & Schütze 2021, arXiv:2001.07676"
 
     @override
+    def check(self, problem: Problem) -> None:
+        for template in problem.templates:
+            asked(problem, template)
+
+    @override
     def solve(self, problem: Problem, stages: Stages) -> Solution:
         return Solution(
             predictors=[
-                problem.trained(stages, f"pattern-{number}", problem.mask_scorer(template))
+                problem.trained(stages, f"pattern-{number}", asked(problem, template))
                 for number, template in enumerate(problem.templates)
             ]
         )
