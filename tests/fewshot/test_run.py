@@ -58,7 +58,8 @@ def test_plain_names_will_do() -> None:
     [
         ({"train": "a", "shot": 3}, "did you mean 'shots'"),
         ({"method": "pet"}, "names no labelled rows"),
-        ({"train": "a", "shots": 0}, "shots=0"),
+        ({"train": "a", "shots": -1}, "shots=-1"),
+        ({"train": "a", "find_words": 2, "verbalizer": {"a": "b"}}, "leave one out"),
         ({"train": "a", "shots": True}, "shots=True"),
         ({"train": "a", "per": "row"}, "per='row'"),
         ({"train": "a", "seeds": [1, 1]}, "same seed twice"),

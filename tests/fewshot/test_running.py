@@ -164,6 +164,25 @@ def test_unlabelled_rows_are_hidden_labels_where_none_are_given(
     assert all("label" not in row for row in seen[0].unlabelled)
 
 
+def test_words_can_be_found(make: Callable[..., FewShotRun], data: Path) -> None:
+    run = make(find_words=2, verbalizer={}, seeds=[1])
+    (result,) = fewshot(run, say=quiet).seeds
+    assert result.words is not None
+    assert set(result.words) == {"neg", "pos"}
+    assert all(len(words) == 2 for words in result.words.values())
+    assert not set(result.words["neg"]) & set(result.words["pos"])
+    first, again = predict(run.out, [ROWS[0]]), fewshot(run, resume=True, say=quiet).seeds[0].words
+    assert set(first[0]["scores"]) == {"neg", "pos"}
+    assert again == result.words
+
+
+def test_without_shots_it_is_zero_shot(make: Callable[..., FewShotRun]) -> None:
+    (result,) = fewshot(make(shots=0, seeds=[1], recipe={"steps": 0}), say=quiet).seeds
+    assert result.split["train"] == []
+    with pytest.raises(ConfigError, match="no rows to train on"):
+        fewshot(make(shots=0, seeds=[1]), overwrite=True, say=quiet)
+
+
 BAD: list[tuple[dict[str, Any], type[InlayError], str]] = [
     ({"method": "pett"}, ConfigError, "did you mean 'pet'"),
     ({"method": {"kind": "prompt", "colour": 1}}, ConfigError, "no setting 'colour'"),

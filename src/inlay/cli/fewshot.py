@@ -25,9 +25,10 @@ def fewshot(
         list[str] | None, typer.Option(metavar="TEXT", help='A pattern: "{text} It was {mask}."; repeatable.')
     ] = None,
     verbalizer: Annotated[list[str] | None, typer.Option(metavar="LABEL=WORD", help=WORDS)] = None,
+    find_words: Annotated[int | None, typer.Option(metavar="N", help="Find so many words for each label.")] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help='What a head reads: "{a}{sep}{b}".')] = None,
     label: Annotated[str | None, typer.Option(metavar="COLUMN", help="The column of the labels.")] = None,
-    shots: Annotated[int | None, typer.Option(metavar="K", help="Labelled rows to draw (default: all).")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, metavar="K", help="Labelled rows (default: all).")] = None,
     per: Annotated[str | None, typer.Option(metavar="class|total", help="What shots count (default class).")] = None,
     seeds: Annotated[str | None, typer.Option(metavar="N|S,S,…", help="How many splits, or which (default 1).")] = None,
     peft: Annotated[
@@ -53,7 +54,8 @@ def fewshot(
     config: Any = files[0] if files else (Path(out) / "fewshot.yaml" if resume and out and train is None else None)
     flags: dict[str, Any] = {
         "method": method, "model": model, "train": train, "unlabelled": unlabeled, "test": test, "templates": template,
-        "text": text, "label": label, "shots": shots, "per": per, "peft": peft, "max_length": max_length, "out": out,
+        "find_words": find_words, "text": text, "label": label, "shots": shots, "per": per, "peft": peft,
+        "max_length": max_length, "out": out,
         "seeds": _seeds(seeds), "verbalizer": Verbalizer.parse(words).words if words else None,
     }  # fmt: skip
     sets = [*(changes or []), *([f"recipe.steps={steps}"] if steps is not None else [])]

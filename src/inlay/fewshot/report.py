@@ -30,6 +30,8 @@ class SeedResult:
     """Of its largest adapter."""
     adapters: int
     """How many were trained."""
+    words: Mapping[str, Sequence[str]] | None
+    """The labels' words, where they were found and not given."""
     flops: float
     """Floating-point operations of one answer, the mean over some rows."""
     tokens: float

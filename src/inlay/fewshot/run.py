@@ -40,6 +40,8 @@ class FewShotRun:
     """The patterns, such as "{text} It was {mask}."."""
     verbalizer: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     """Label -> word or words; by default each label's own name."""
+    find_words: int | None = None
+    """So many words for each label are found for every split (PETAL's search) instead of given."""
     text: str | None = None
     """What a classification head reads, "{premise}{sep}{hypothesis}"; by default the templates' columns in order."""
     label: str | None = None
@@ -51,7 +53,7 @@ class FewShotRun:
     test: str | None = None
     """The rows to measure on."""
     shots: int | None = None
-    """How many labelled rows to draw, per class or in total; None: all there are."""
+    """How many labelled rows to draw, per class or in total; None: all there are; 0: none (zero-shot)."""
     per: str = "class"
     """Whether shots are counted per "class" or in "total"."""
     dev: int | str | None = None
@@ -91,10 +93,12 @@ class FewShotRun:
         }
         for name, value in fixed.items():
             object.__setattr__(self, name, value)
-        for name in ("shots", "unlabelled_rows", "max_length"):
+        for name, low in (("shots", 0), ("find_words", 1), ("unlabelled_rows", 1), ("max_length", 1)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name}={value!r}: a whole number of at least 1 is needed")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                raise ConfigError(f"{name}={value!r}: a whole number of at least {low} is needed")
+        if self.find_words is not None and self.verbalizer:
+            raise ConfigError("find_words looks for the labels' words, and the verbalizer gives them: leave one out")
         if self.per not in ("class", "total"):
             raise ConfigError(f"per={self.per!r}: shots are counted per class or in total")
         if self.dtype not in (dtypes := ["float32", "bfloat16", "float16"]):

@@ -151,7 +151,11 @@ def prepare(run: FewShotRun) -> Ready:
         unlabelled=unlabelled, test=splits.get("test"), templates=templates, verbalizer=verbalizer, text=text,
         recipe=_recipe(run, system),
     )  # fmt: skip
-    system.check(ready.problem(Split((), (), (), 0, 0, run.per), 0))
+    if run.find_words is None:
+        system.check(ready.problem(Split((), (), (), 0, 0, run.per), 0))
+    else:  # the words are not there yet
+        for template in templates:
+            template.need_mask()
     return ready
 
 
@@ -159,7 +163,12 @@ def _solved(ready: Ready, split: Split, seed: int, out: Path, say: Callable[[str
     """One seed: the system's stages, its solution written, its test scores."""
     folder = seed_folder(out, seed)
     stages = Stages(folder / "stages", lambda line: say(f"  {line}"))
-    solution = ready.system.solve(ready.problem(split, seed), stages)
+    problem = ready.problem(split, seed)
+    words = None if ready.run.find_words is None else _found_words(problem, ready.run.find_words, stages)
+    if words is not None:
+        problem = dataclasses.replace(problem, verbalizer=Verbalizer(words))
+        say("  " + "; ".join(f"{label}: {', '.join(listed)}" for label, listed in words.items()))
+    solution = ready.system.solve(problem, stages)
     write_json(folder / SOLUTION_FILE, {**solution.to_dict(folder), "labels": list(ready.labels)})
     test: dict[str, float] = {}
     if ready.test is not None and ready.label in ready.test.column_names:
@@ -174,6 +183,7 @@ def _solved(ready: Ready, split: Split, seed: int, out: Path, say: Callable[[str
         seed=seed,
         split=split.to_dict(),
         test=test,
+        words=words,
         seconds=round(sum(note["seconds"] for note in notes.values()), 3),
         trainable_parameters=max((note.get("trainable_parameters", 0) for note in notes.values()), default=0),
         flops=price["flops"],
@@ -183,6 +193,21 @@ def _solved(ready: Ready, split: Split, seed: int, out: Path, say: Callable[[str
     )
 
 
+def _found_words(problem: Problem, count: int, stages: Stages) -> dict[str, list[str]]:
+    """The words of each label that PETAL's search finds on the labelled rows."""
+    from inlay.fewshot.searches.word_search import find_words
+
+    def look(folder: Path) -> dict[str, Any]:
+        found = find_words(
+            problem.base, problem.templates, problem.train.rows, problem.train.labels, problem.unlabelled,
+            per_label=count, max_length=problem.max_length,
+        )  # fmt: skip
+        return {"words": {label: list(found.words[label]) for label in problem.labels}}
+
+    words: dict[str, list[str]] = stages.once("words", look, count=count)["words"]
+    return words
+
+
 def _split(ready: Ready, seed: int) -> Split:
     """The rows of a seed. Raises DataError where there are fewer than shots."""
     named = [label_name(value) for value in ready.train[ready.label]]
@@ -190,6 +215,8 @@ def _split(ready: Ready, seed: int) -> Split:
     if run.shots is None:
         everything = torch.randperm(len(named), generator=torch.Generator().manual_seed(seed)).tolist()
         return Split(tuple(everything), (), (), seed, len(named), "total")
+    if run.shots == 0:
+        return Split((), (), tuple(range(len(named))), seed, 0, run.per)
     return few_shot_split(named, run.shots, per=run.per, dev=dev, seed=seed)  # type: ignore[arg-type]
 
 

@@ -88,7 +88,7 @@ def fit(
     """
     recipe, objective = recipe or Recipe(), objective or scorer.objective()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not rows or not trained:
+    if recipe.steps and not (rows and trained):
         raise ConfigError("there are no rows to train on" if not rows else "nothing of the model is trainable")
     if scorer.template.soft and "soft_slots" not in _kinds(model):
         raise ConfigError(
@@ -103,7 +103,7 @@ def fit(
     for controller in called:
         controller.prepare(recipe.steps)
     encoded = scorer.encode(rows) if demonstrator is None else None
-    device, losses, begun = trained[0].device, list[float](), time.monotonic()
+    device, losses, begun = next(model.parameters()).device, list[float](), time.monotonic()
     with untouched_random_states(), _training(model):
         torch.manual_seed(seed)
         for number, (chosen, generator) in zip(range(recipe.steps), _batches(len(rows), recipe, seed), strict=False):
