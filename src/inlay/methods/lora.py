@@ -21,21 +21,19 @@ from typing import Any, ClassVar, Literal, cast
 from torch import Tensor, nn
 
 from inlay.engine.checkpoint import LOADING
-from inlay.engine.peft_names import file_paths, overrides_from_peft, peft_pattern, peft_targets, targets_from_peft
+from inlay.engine.peft_names import file_paths, peft_pattern, peft_targets
 from inlay.engine.piece import Method, Piece, take
 from inlay.engine.registry import all_methods, over_adapters
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.trained_copy import copies
 from inlay.errors import ConfigError, UnsupportedError
 from inlay.pieces.lora.data_start import DATA_INITS, DataStart, data_start, is_from_data, is_subtracted, prepared
+from inlay.pieces.lora.peft_config import fields_from_peft, peft_can_convolve
 from inlay.pieces.lora.piece import LoRAPiece
 from inlay.pieces.lora.quantised_start import is_quantised, plain_weights_of
-from inlay.pieces.lora.start import INITS
+from inlay.pieces.lora.start import INITS, smaller_side
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "olora", "pissa", "loftq", "random", "eva", "corda", "lora_ga"]
-NOT_HERE = ("megatron_config",)
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Inits of peft's that change the base: what such a file holds fits only the changed base, which it does not hold."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,30 +192,7 @@ class LoRA(Method):
     @classmethod
     def fields_from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of this dataclass that a peft LoraConfig gives. Raises UnsupportedError for what is not here."""
-        for field in NOT_HERE:
-            if config.get(field):
-                raise UnsupportedError(f"this LoRA adapter uses {field}, which Inlay does not have")
-        init = config.get("init_lora_weights", True)
-        if str(init).lower().startswith(CHANGES_BASE):
-            raise UnsupportedError(
-                f"this LoRA adapter was saved by HF peft with init_lora_weights={init!r}, which also changed the base; "
-                "save it there with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
-            )
-        dropout = config.get("lora_dropout", 0.0)
-        overrides = overrides_from_peft(config, {"r": "rank_pattern", "alpha": "alpha_pattern"})
-        if dropout:  # which peft leaves out, without a word, inside nn.MultiheadAttention
-            overrides[r"re:(?:.*\.)?(?:in_proj_weight|out_proj\.weight)"] = {"dropout": 0.0}
-        return {
-            **targets_from_peft(config),
-            "r": config.get("r", 8),
-            "alpha": config.get("lora_alpha", 8),
-            "dropout": dropout,
-            "rank_stabilised": config.get("use_rslora", False),
-            "init": init if init in ("gaussian", "orthogonal") else "kaiming",
-            "bias": config.get("bias", "none"),
-            "lora_bias": config.get("lora_bias", False),
-            "overrides": overrides,
-        }
+        return fields_from_peft(config)
 
     @classmethod
     def is_variant(cls, config: Mapping[str, Any]) -> bool:
@@ -236,16 +211,3 @@ class LoRA(Method):
         kind = variants[0] if variants else cls
         rows = TrainableTokens.from_lora(config) if config.get("trainable_token_indices") else []
         return [kind(**kind.fields_from_peft(config)), *rows]
-
-
-def smaller_side(site: Site) -> int:
-    """The highest rank that a weight has: of a stack of matrices (experts), each of them."""
-    if site.kind == "linear":
-        return min(site.in_features, site.out_features)  # the shape of a quantised weight is that of its codes
-    shape = site.weight.shape
-    return min(shape[-2:]) if site.kind == "parameter" else min(len(site.weight), math.prod(shape[1:]))
-
-
-def peft_can_convolve(module: nn.Module) -> bool:
-    """Whether peft's A, which copies only kernel, stride and padding, convolves as this module does."""
-    return set(module.dilation) == {1} and module.padding_mode == "zeros"  # type: ignore[arg-type]

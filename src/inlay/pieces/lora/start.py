@@ -115,3 +115,10 @@ def _orthogonal(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
     a.copy_((torch.randn(a.shape[1], r // 2, dtype=a.dtype, device=a.device) @ even / 10).T)
     b.copy_(torch.randn(b.shape[0], r // 2, dtype=b.dtype, device=b.device) @ odd / 10)
     return a, b
+
+def smaller_side(site: Site) -> int:
+    """The highest rank that a weight has: of a stack of matrices (experts), each of them."""
+    if site.kind == "linear":
+        return min(site.in_features, site.out_features)  # the shape of a quantised weight is that of its codes
+    shape = site.weight.shape
+    return min(shape[-2:]) if site.kind == "parameter" else min(len(site.weight), math.prod(shape[1:]))
