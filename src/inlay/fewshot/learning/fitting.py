@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Adafactor, PreTrainedModel, get_scheduler
 
 from inlay.engine.adapters import adapters_of, controllers
+from inlay.engine.controller import Controller
 from inlay.errors import ConfigError, TrainingError, did_you_mean
 from inlay.fewshot.learning.objectives import Objective, Step, as_targets
 from inlay.fewshot.prompts.template import Row
@@ -90,11 +91,7 @@ def fit(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if recipe.steps and not (rows and trained):
         raise ConfigError("there are no rows to train on" if not rows else "nothing of the model is trainable")
-    if scorer.template.soft and "soft_slots" not in _kinds(model):
-        raise ConfigError(
-            f"the template {scorer.template.source!r} has soft slots, and nothing that is attached trains them: attach "
-            "`inlay.fewshot.prompts.soft_slots.slots_of(scorer)` too"
-        )
+    _check_soft_slots(model, scorer)
     targets = as_targets(labels, scorer.labels)
     optimizer = _optimizer(model, recipe)
     warmup = round(recipe.warmup * recipe.steps)
@@ -124,15 +121,28 @@ def fit(
                     f"(now {recipe.learning_rate:g})"
                 )
             nn.utils.clip_grad_norm_(trained, recipe.clip)
-            for controller in called:
-                controller.before_step(optimizer)
-            optimizer.step()
-            for controller in called:
-                controller.after_step(optimizer)
+            _stepped(optimizer, called)
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             each_step(number + 1, losses[-1])
     return Fit(losses, time.monotonic() - begun)
+
+
+def _check_soft_slots(model: nn.Module, scorer: Scorer) -> None:
+    if scorer.template.soft and "soft_slots" not in _kinds(model):
+        raise ConfigError(
+            f"the template {scorer.template.source!r} has soft slots, and nothing that is attached trains them: attach "
+            "`inlay.fewshot.prompts.soft_slots.slots_of(scorer)` too"
+        )
+
+
+def _stepped(optimizer: torch.optim.Optimizer, called: Sequence[Controller]) -> None:
+    """One step of the optimiser, with what the methods do before and after it."""
+    for controller in called:
+        controller.before_step(optimizer)
+    optimizer.step()
+    for controller in called:
+        controller.after_step(optimizer)
 
 
 @contextlib.contextmanager

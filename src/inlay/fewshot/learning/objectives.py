@@ -7,6 +7,7 @@ Each is called with a `Step`, one labelled batch with its scores, and returns a 
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -53,12 +54,12 @@ class Step:
         return self._scores
 
 
-class Objective:
+class Objective(abc.ABC):
     """A term of the loss. Subclasses say `__call__(step) -> number`."""
 
+    @abc.abstractmethod
     def __call__(self, step: Step) -> Tensor:
         """The term's value."""
-        raise NotImplementedError
 
     def __add__(self, other: Objective) -> Objective:
         return _Sum((*_terms(self), *_terms(other)))
