@@ -15,6 +15,7 @@ import torch
 from inlay.errors import CheckpointError
 from inlay.fewshot.base import Base
 from inlay.fewshot.learning.fitting import Recipe
+from inlay.fewshot.learning.objectives import Distillation
 from inlay.fewshot.predictor import Predictor
 from inlay.fewshot.problem import Labelled, Problem
 from inlay.fewshot.prompts.template import Template
@@ -116,6 +117,9 @@ def test_a_training_under_other_settings_is_not_taken(bert_folder: Path, tmp_pat
     for setting, change in changes.items():
         with pytest.raises(CheckpointError, match=f"made with another {setting}:"):
             trained(dataclasses.replace(problem, **change))  # type: ignore[arg-type]
+    scorer = problem.mask_scorer(problem.templates[0])
+    with pytest.raises(CheckpointError, match="made with another objective:"):
+        problem.trained(Stages(tmp_path), "pattern-0", scorer, objective=Distillation(temperature=3.0))
 
 
 def test_tensors_keep_their_bits(tmp_path: Path) -> None:

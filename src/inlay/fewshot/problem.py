@@ -113,7 +113,8 @@ class Problem:
 
         def make(folder: Path) -> dict[str, Any]:
             with self.base.adapted(scorer.auto, chosen, seed=seed, labels=len(self.labels), start=start) as model:
-                count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                count = trained if recipe.steps else 0  # asked as it is: no training
                 done: Fit = fit(
                     model, scorer, rows, targets, objective=objective, recipe=recipe, seed=seed,
                     demonstrator=demonstrator, each_step=each_step,
@@ -123,7 +124,8 @@ class Problem:
 
         stages.once(
             name, make, scorer=scorer.to_dict(), recipe=dataclasses.asdict(recipe), seed=seed,
-            methods=[repr(method) for method in chosen], data=_digest(rows, targets), **(depends or {}),
+            methods=[repr(method) for method in chosen], data=_digest(rows, targets),
+            objective=repr(objective or scorer.objective()), **(depends or {}),
         )  # fmt: skip
         return Predictor(scorer=scorer, adapter=stages.folder / name / ADAPTER)
 
