@@ -6,27 +6,29 @@
 
 A linear of 1,024 by 1,024 in fp32, 256 rows, gradients of the adapter and of x. peft makes the adapter and writes its
 file; Inlay reads that, and the gradients of x are compared before anything is timed (of C3A the outputs, because its
-gradient of x is wrong in peft). The protocol is in `_protocol.py`.
+gradient of x is wrong in peft). Prompts, mixtures and whatever else needs a model get a small one: `_whole_models.py`.
+The protocol is in `_protocol.py`.
 """
 
 from __future__ import annotations
 
 import functools
 import statistics
-import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import _protocol as protocol
+import _whole_models as whole
 import peft
 import torch
+from peft.tuners.lora import gptq
 from peft.tuners.lora.config import BdLoraConfig
 from report import Bound, judged, line
 from torch import Tensor, nn
+from torch.nn import functional
 
 import inlay
-from inlay.engine.registry import kinds
 
 SIZE, ROWS = 1024, 256
 CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
@@ -35,6 +37,10 @@ CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "mica": lambda: peft.LoraConfig(r=16, init_lora_weights="mica", target_modules=["0"]),
     "kasa": lambda: peft.LoraConfig(r=16, kasa_config=peft.KasaConfig(), target_modules=["0"]),
     "velora": lambda: peft.LoraConfig(r=16, velora_config=peft.VeloraConfig(), target_modules=["0"]),
+    "qalora": lambda: peft.LoraConfig(r=16, use_qalora=True, qalora_group_size=32, target_modules=["0"]),
+    "monteclora": lambda: peft.LoraConfig(
+        r=16, monteclora_config=peft.MontecloraConfig(buffer_size=1), target_modules=["0"]
+    ),
     "bdlora": lambda: peft.LoraConfig(r=16, use_bdlora=BdLoraConfig(None, ["0"], 4), target_modules=["0"]),
     "adalora": lambda: peft.AdaLoraConfig(init_r=16, target_r=8, total_step=9, target_modules=["0"]),
     "loha": lambda: peft.LoHaConfig(r=8, target_modules=["0"]),
@@ -70,6 +76,8 @@ CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "poly": lambda: peft.PolyConfig(r=8, n_tasks=3, target_modules=["0"]),
     "osf": lambda: peft.OSFConfig(target_modules=["0"]),
 }
+DRAWS = {"monteclora"}
+"""Compared in eval mode and timed in training mode, where every step draws anew (in peft too: buffer_size=1)."""
 WRONG_GRADIENT = {"c3a"}
 """Whose gradient of x is wrong in peft 0.21.2, as tests/oracles shows against the explicit matrix."""
 NO_SLOWER = 1.0
@@ -81,6 +89,30 @@ def base() -> nn.Module:
     """The linear, always with the same weight."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(SIZE, SIZE))
+
+
+class QuantLinear(nn.Module):
+    """What peft takes for a GPTQ linear, all that it has QA-LoRA for; here with the plain weight."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("qweight", linear.weight.detach().clone())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.get_buffer("qweight"), self.bias)
+
+
+def in_peft(kind: str) -> peft.PeftModel:
+    """peft's model."""
+    model = base()
+    if kind == "qalora":
+        model[0] = QuantLinear(model[0])
+        peft.tuners.lora.model.dispatch_gptq = lambda target, name, config, **more: (
+            gptq.GPTQLoraLinear(target, name, config=config, **more) if isinstance(target, QuantLinear) else None
+        )
+    return peft.get_peft_model(model, CONFIGS[kind]())
 
 
 def plainly(model: nn.Module, x: Tensor) -> Tensor:
@@ -119,30 +151,31 @@ def step_of(
     return step
 
 
-def measure(kind: str, rounds: int) -> dict[str, Any]:
-    """Equality, seconds of both and of the bare linear, and the ratio."""
+def linears(kind: str) -> whole.Pair:
+    """One linear with the adapter in both libraries."""
     x = torch.randn(ROWS, SIZE, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    theirs = peft.get_peft_model(base(), CONFIGS[kind]())
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        ours = inlay.load(base(), folder, trainable=True)
-    theirs.eval(), ours.eval()
-    call = CALLS.get(kind, plainly)
-    steps = {"linear": step_of(base().requires_grad_(False), x)}
-    steps |= {name: step_of(model, x, call) for name, model in (("inlay", ours), ("peft", theirs))}
+    theirs = in_peft(kind)
+    ours = whole.through_file(base, theirs)
+    return whole.Pair(theirs, ours, base().requires_grad_(False), x, CALLS.get(kind, plainly))
+
+
+def measure(kind: str, rounds: int) -> dict[str, Any]:
+    """Equality, seconds of both and of the bare base, and the ratio."""
+    bare = "linear" if kind in CONFIGS else "model"
+    made = linears(kind) if kind in CONFIGS else whole.pair(kind)
+    models = {bare: made.bare, "inlay": made.ours.eval(), "peft": made.theirs.eval()}
+    steps = {name: step_of(model, made.x, made.call) for name, model in models.items()}
     if kind in WRONG_GRADIENT:
-        found, expected, what = ours(x), theirs(x), "output"
+        found, expected, what = made.ours(made.x), made.theirs(made.x), "output"
     else:
         found, expected, what = steps["inlay"]().clone(), steps["peft"]().clone(), "gradient of x"
     error = float((found - expected).norm() / expected.norm())
     if error > CLOSE:
         raise SystemExit(f"{kind}: the {what} differs by {error:.1e} of its norm; times mean nothing")
+    for model in models.values():
+        model.train(kind in DRAWS)
     known = {name: {"seconds": every} for name, every in protocol.interleaved(steps, rounds).items()}
-    bounds = [Bound(kind, "seconds", "inlay", "peft", NO_SLOWER), Bound(kind, "seconds", "inlay", "linear", None)]
+    bounds = [Bound(kind, "seconds", "inlay", "peft", NO_SLOWER), Bound(kind, "seconds", "inlay", bare, None)]
     return {"error": error, "variants": known, "bounds": [judged(bound, known) for bound in bounds]}
 
 
@@ -152,10 +185,15 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     results = protocol.Results("methods", options)
-    for kind in protocol.chosen([kind for kind in CONFIGS if kind in kinds()], options.only):
-        settings = {"rounds": results.rounds, "size": SIZE, "rows": ROWS, "config": str(CONFIGS[kind]())}
+    for kind in protocol.chosen([*CONFIGS, *whole.CONFIGS], options.only):
+        settings: dict[str, Any] = {"rounds": results.rounds}
+        if kind in CONFIGS:
+            settings |= {"size": SIZE, "rows": ROWS, "config": str(CONFIGS[kind]())}
+        else:
+            settings |= {"model": str(whole.SHAPE), "config": str(whole.CONFIGS[kind]())}
         record = results.part(kind, settings, functools.partial(measure, kind, results.rounds))
-        bare = statistics.median(record["variants"]["linear"]["seconds"])
+        known = record["variants"]
+        bare = statistics.median(known["linear" if kind in CONFIGS else "model"]["seconds"])
         print("\n".join([*map(line, record["bounds"])]), f"   bare {1e3 * bare:.1f} ms", flush=True)
     print(f"written to {results.path}")
 

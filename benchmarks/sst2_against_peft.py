@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
 def rows(path: Path) -> list[dict[str, str]]:
     """Rows of a jsonl file, gzipped or not."""
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return [json.loads(line) for line in text.decode().splitlines()]
+    return [json.loads(line) for line in text.decode().split("\n") if line]
 
 
 def minilm() -> str:

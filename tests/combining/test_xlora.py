@@ -280,6 +280,45 @@ def test_checkpointed_copied_pickled_and_in_bfloat16(experts: Path) -> None:
     assert all(parameter.grad is not None for parameter in piece_of(half).parameters())
 
 
+def test_blocks_computed_again_have_the_weights_of_their_own_call(experts: Path) -> None:
+    """Two calls before one backward, and an evaluation between."""
+    base = mixed(experts)
+
+    def gradients() -> list[Tensor]:
+        base.zero_grad()
+        calls = [base(ids, use_cache=False).logits.square().mean() for ids in (IDS, IDS + 20)]
+        with torch.no_grad():
+            base(IDS + 10)
+        sum(calls).backward()  # type: ignore[union-attr]
+        return [parameter.grad.clone() for parameter in piece_of(base).parameters()]  # type: ignore[union-attr]
+
+    expected = gradients()
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    base.train()
+    for found, gradient in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_after_a_call_that_failed_a_part_is_refused_too(experts: Path) -> None:
+    base = mixed(experts)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    for calls in (1, 2):  # in the first run, and in the one that counts
+        seen: list[int] = []
+        block = base.model.layers[1]
+        handle = block.register_forward_hook(lambda *_, seen=seen, at=calls: fail() if len(seen) == at else None)
+        counted = block.register_forward_pre_hook(lambda *_, seen=seen: seen.append(0))
+        with pytest.raises(RuntimeError, match="no memory"):
+            base(IDS)
+        handle.remove()
+        counted.remove()
+        with pytest.raises(UnsupportedError, match="a part of it was called by itself"):
+            base.model.layers[0].self_attn.q_proj(torch.randn(1, 3, 32))
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # of the run without gradients
 def test_the_older_kind_of_checkpointing_is_refused(experts: Path) -> None:
     base = mixed(experts).train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from safetensors.torch import load_file
 from inlay.cli import app
 from inlay.errors import CheckpointError, ConfigError, DataError, InlayError, TrainingError
 from inlay.fewshot import FewShotRun, evaluate, explain, fewshot, predict
+from inlay.fewshot.agreement import agreement, agreement_of_run
 from inlay.fewshot.problem import Problem
+from inlay.fewshot.running import _split, prepare
 
 ROWS = [
     {"text": f"the film was {'really ' * (number % 3)}{word}", "label": label}
@@ -88,6 +91,18 @@ def test_a_run_is_measured_and_can_be_used(kind: str, make: Callable[..., FewSho
     texts = predict(run.out, [row["text"] for row in ROWS])
     assert [row["prediction"] for row in texts] == [row["prediction"] for row in predictions]
     assert sum(predictions[0]["scores"].values()) == pytest.approx(1)
+
+
+def test_from_python_a_run_is_silent_unless_asked(
+    make: Callable[..., FewShotRun], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make(seeds=[1])
+    fewshot(run)
+    assert capsys.readouterr() == ("", "")
+    fewshot(run, overwrite=True, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[:2] == ["seed 1 (1 of 1)", "  pattern-0"]
 
 
 def test_explain_shows_the_prompt_and_the_words(make: Callable[..., FewShotRun]) -> None:
@@ -208,6 +223,104 @@ def test_bad_input_is_one_error_and_leaves_nothing(
     with pytest.raises(error, match=says.replace("{", r"\{") if "\\d" not in says else says):
         fewshot(make(**changes), say=quiet)
     assert not (data / "out").exists()
+
+
+def grouped(data: Path) -> dict[str, Any]:
+    """Settings of a run whose rows belong to articles, the test rows' first two to the training rows' as well."""
+    for name, start in (("train", 0), ("test", 100), ("unlabelled", 4)):
+        rows = [{**row, "article": start + number // 2} for number, row in enumerate(ROWS)]
+        if name == "test":
+            rows[0]["article"] = "1"  # the same article, whatever its number is written as
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (data / f"{name}_grouped.jsonl").write_text(lines.replace(': "1"}', ": 1}"), encoding="utf-8")
+    files = {name: str(data / f"{name}_grouped.jsonl") for name in ("train", "test")}
+    return {**files, "group_column": "article", "shots": 1, "dev": 1, "seeds": [1]}
+
+
+def test_rows_of_a_group_are_on_one_side(make: Callable[..., FewShotRun], data: Path) -> None:
+    for seed in range(4):
+        run = make(**grouped(data), unlabelled=str(data / "unlabelled_grouped.jsonl"))
+        ready = prepare(run)
+        split = _split(ready, seed)
+        assert ready.groups is not None
+        sides = [{ready.groups.train[index] for index in part} for part in (split.train, split.dev)]
+        assert not sides[0] & sides[1]
+        assert "1" not in sides[0] | sides[1]  # a test row's
+        unlabelled = {row["article"] for row in ready.problem(split, seed).unlabelled}
+        assert unlabelled == {4, 5, 6, 7, 8, 9} - {int(group) for group in sides[1]}
+    split = _split(prepare(make(**{**grouped(data), "shots": None, "dev": None})), 0)
+    assert sorted(split.train) == [0, 1, 4, 5, 6, 7, 8, 9, 10, 11]
+    split = _split(prepare(make(**{**grouped(data), "shots": 0, "recipe": {"steps": 0}})), 0)
+    assert split.rest == (0, 1, 4, 5, 6, 7, 8, 9, 10, 11)
+
+
+def test_groups_are_in_the_report(make: Callable[..., FewShotRun], data: Path) -> None:
+    report = fewshot(make(**grouped(data), recipe={"steps": 1}))
+    stored = json.loads((data / "out" / "record.json").read_text(encoding="utf-8"))
+    (one,) = stored["seeds"]
+    assert stored["run"]["group_column"] == one["split"]["groups"]["column"] == "article"
+    assert one["split"]["groups"]["train"] == sorted({str(index // 2) for index in one["split"]["train"]})
+    assert one["split"]["groups"]["test"] == 7
+    assert re.search(
+        r"^groups       by article: \d in train, \d in dev, 7 in test, none on two sides", str(report), re.M
+    )
+
+
+def test_groups_that_cannot_be_kept_apart_are_one_error(make: Callable[..., FewShotRun], data: Path) -> None:
+    settings = grouped(data)
+    with pytest.raises(DataError, match=r"train_grouped.jsonl has no column 'articel' .*did you mean 'article'"):
+        fewshot(make(**{**settings, "group_column": "articel"}))
+    with pytest.raises(DataError, match=r"test.jsonl has no column 'article'"):
+        fewshot(make(**{**settings, "test": str(data / "test.jsonl")}))
+    with pytest.raises(ConfigError, match="training rows alone: give --test FILE"):
+        fewshot(make(**{**settings, "test": None, "dev": None}))
+    with pytest.raises(DataError, match="'neg' has 0 left of groups that are on no other side"):
+        fewshot(make(**{**settings, "shots": 5, "dev": 1}))
+    with pytest.raises(DataError, match="nothing is left to draw"):
+        fewshot(make(**{**settings, "test": settings["train"]}))
+    (data / "gap.jsonl").write_text('{"text": "a", "label": "neg"}\n' + Path(settings["train"]).read_text(), "utf-8")
+    with pytest.raises(DataError, match=r"gap.jsonl line 1 has no 'article'"):
+        fewshot(make(**{**settings, "train": str(data / "gap.jsonl")}))
+    assert not (data / "out").exists()
+
+
+def test_the_command_takes_a_column_of_groups(
+    make: Callable[..., FewShotRun], data: Path, bert_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make(**grouped(data))
+    (data / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
+    assert FewShotRun.from_yaml(data / "run.yaml").group_column == "article"
+    assert app.run(["fewshot", str(data / "run.yaml"), "--group-column", "writer"], debug=False) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has no column 'writer' to group rows by" in line
+    assert not Path(run.out).exists()
+
+
+def test_seeds_are_compared(make: Callable[..., FewShotRun], data: Path) -> None:
+    run = make(recipe={"steps": 1}, baseline=False)
+    report = fewshot(run)
+    stored = json.loads((data / "out" / "record.json").read_text(encoding="utf-8"))
+    assert report.agreement == stored["agreement"] == agreement_of_run(run.out).to_dict()
+    told = [[row["prediction"] for row in predict(run.out, run.test, seed=seed)] for seed in run.seeds]
+    assert stored["agreement"] == agreement(told).to_dict()
+    assert stored["agreement"]["rows"] == len(ROWS)
+    assert "agreement    Krippendorff's α " in str(report)
+    picture = (data / "out" / "seeds.svg").read_text(encoding="utf-8")
+    assert all(f"seed {one.seed}: {one.test['accuracy']:.4f}" in picture for one in report.seeds)
+    assert "(seeds.svg)" in (data / "out" / "README.md").read_text(encoding="utf-8")
+    rows = "".join(json.dumps({"text": row["text"]}) + "\n" for row in ROWS)
+    (data / "bare.jsonl").write_text(rows, encoding="utf-8")  # how far seeds agree needs no labels
+    bare = fewshot(make(test=str(data / "bare.jsonl"), recipe={"steps": 1}, out=str(data / "bare")))
+    assert bare.agreement == report.agreement
+    assert bare.mean == {}
+    assert not (data / "bare" / "seeds.svg").exists()
+
+
+def test_one_seed_is_compared_with_nothing(make: Callable[..., FewShotRun], data: Path) -> None:
+    report = fewshot(make(seeds=[1], recipe={"steps": 1}, baseline=False))
+    assert report.agreement is None
+    assert "agreement" not in str(report)
+    assert not (data / "out" / "seeds.svg").exists()
 
 
 def test_labels_that_differ_between_files_are_one_error(make: Callable[..., FewShotRun], data: Path) -> None:

@@ -49,6 +49,24 @@ def test_groups_are_on_one_side() -> None:
         assert not {groups[i] for i in split.train} & {groups[i] for i in split.dev}
 
 
+def test_what_is_left_has_no_group_of_the_rows_to_choose_by() -> None:
+    groups = [index // 6 for index in range(300)]
+    split = few_shot_split(LABELS, 4, dev=4, seed=1, groups=groups)
+    assert split.rest
+    assert not {groups[i] for i in split.dev} & {groups[i] for i in split.rest}
+    assert {i for i in range(300) if groups[i] in {groups[j] for j in split.dev}}.isdisjoint(split.rest)
+
+
+def test_groups_apart_are_in_no_part() -> None:
+    groups = [index // 6 for index in range(300)]
+    split = few_shot_split(LABELS, 4, dev=2, seed=1, groups=groups, apart={0, 7, 49})
+    assert not {groups[i] for i in (*split.train, *split.dev, *split.rest)} & {0, 7, 49}
+    with pytest.raises(DataError, match="'a' has 1 left of groups that are on no other side"):
+        few_shot_split(["a", "a", "b"], 2, groups=[1, 2, 3], apart={2})
+    with pytest.raises(ConfigError, match="groups="):
+        few_shot_split(LABELS, 4, apart={2})
+
+
 def test_too_few_rows_are_an_error_that_names_the_label() -> None:
     with pytest.raises(DataError, match="'b' has 1 left"):
         few_shot_split(["a", "a", "b"], 2)

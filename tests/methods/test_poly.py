@@ -60,6 +60,31 @@ def test_blocks_computed_again_know_the_tasks_of_their_own_call(reentrant: bool)
         torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("read", ["tuple", "hidden states"])
+def test_so_do_they_whatever_of_the_output_is_read_and_after_an_evaluation_between(read: str) -> None:
+    model = adapted()
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        total = torch.zeros(())
+        for tasks in ([2, 0], [1, 1]):
+            given = {"return_dict": False} if read == "tuple" else {"output_hidden_states": True}
+            output = model(IDS, task_ids=tasks, use_cache=False, **given)
+            found = output[0] if read == "tuple" else output.hidden_states[1]
+            total = total + found.square().mean()
+        with torch.no_grad():
+            model(IDS, task_ids=[0, 0])
+        total.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+    model.train()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for found, gradient in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_generate_and_beams() -> None:
     model = adapted()
     with inlay.for_tasks(model, [2, 0]):

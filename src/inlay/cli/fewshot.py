@@ -30,12 +30,19 @@ def fewshot(
     label: Annotated[str | None, typer.Option(metavar="COLUMN", help="The column of the labels.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, metavar="K", help="Labelled rows (default: all).")] = None,
     per: Annotated[str | None, typer.Option(metavar="class|total", help="What shots count (default class).")] = None,
+    group_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What rows belong to: no group is on two sides of a split.")
+    ] = None,
     seeds: Annotated[str | None, typer.Option(metavar="N|S,S,…", help="How many splits, or which (default 1).")] = None,
     peft: Annotated[
         list[str] | None, typer.Option(metavar="METHOD", help="lora, ia3, bitfit, full, …; repeat it to combine.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=0, help="Training steps of an adapter; 0: ask it as it is.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of an example at most.")] = None,
+    baseline: Annotated[
+        bool | None,
+        typer.Option("--baseline/--no-baseline", help="In-context learning beside, as a baseline (default yes)."),
+    ] = None,
     out: Annotated[str | None, typer.Option(metavar="DIR", help="The folder (default runs/fewshot-METHOD).")] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="recipe.learning_rate=1e-3, method.…=…")
@@ -55,14 +62,14 @@ def fewshot(
     flags: dict[str, Any] = {
         "method": method, "model": model, "train": train, "unlabelled": unlabeled, "test": test, "templates": template,
         "find_words": find_words, "text": text, "label": label, "shots": shots, "per": per, "peft": peft,
-        "max_length": max_length, "out": out,
+        "max_length": max_length, "out": out, "group_column": group_column, "baseline": baseline,
         "seeds": _seeds(seeds), "verbalizer": Verbalizer.parse(words).words if words else None,
     }  # fmt: skip
     sets = [*(changes or []), *([f"recipe.steps={steps}"] if steps is not None else [])]
     run = FewShotRun.from_yaml(config, flags, sets)
     from inlay.fewshot import fewshot
 
-    typer.echo(str(fewshot(run, resume=resume, overwrite=overwrite)))
+    typer.echo(str(fewshot(run, resume=resume, overwrite=overwrite, progress=True)))
 
 
 def explain(

@@ -14,6 +14,7 @@ from inlay.engine.host import Inlays, Inner
 from inlay.engine.piece import Piece
 from inlay.engine.sites import Site
 from inlay.pieces.bottlenecks.bottleneck import AdapterPiece
+from inlay.pieces.recalled import recalled
 
 
 class BoundDrop(BoundBranches):
@@ -75,5 +76,8 @@ class Draw(Piece):
     def forward(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""
         least, most = self.bound.pair
-        self.bound.first = int(torch.randint(least, most + 1, ())) if inner.module.training else least
-        return inner(*args, **kwargs)
+        first = int(torch.randint(least, most + 1, ())) if inner.module.training else least
+        self.bound.first = first
+        output = inner(*args, **kwargs)
+        recalled(output, lambda: setattr(self.bound, "first", first))
+        return output

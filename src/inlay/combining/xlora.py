@@ -29,6 +29,7 @@ from inlay.engine.sites import Site, SiteIndex
 from inlay.errors import ConfigError, UnsupportedError
 from inlay.kernels.token_mixture import token_mixture
 from inlay.pieces.lora.piece import LoRAPiece
+from inlay.pieces.recalled import recalled
 
 LOSS = ("num_items_in_batch", "shift_labels")
 """What a call may hold for its loss alone."""
@@ -42,7 +43,6 @@ class TokenWeights:
 
     def __init__(self) -> None:
         self.weights: Tensor | int | None = None
-        self.graded = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenWeights, ()
@@ -89,14 +89,15 @@ class ClassifierPiece(Piece):
             raise UnsupportedError("XLoRA needs input_ids or inputs_embeds, and the call has neither")
         if call.get("past_key_values") is not None:
             raise UnsupportedError("XLoRA runs the model twice and has no cache for that: generate(use_cache=False)")
-        self.shared.graded = torch.is_grad_enabled()
-        h = self.last_hidden(inner, call, text)
-        self.shared.weights = self.weights(h)
+        left: Tensor | None = None
         try:
-            return inner(*args, **kwargs)
+            weights = self.shared.weights = self.weights(self.last_hidden(inner, call, text))
+            output = inner(*args, **kwargs)
+            left = weights if torch.is_grad_enabled() else None  # a block may be computed again, and needs them
         finally:
-            if not self.shared.graded:  # with gradients a block may be computed again, and needs them
-                self.shared.weights = None
+            self.shared.weights = left
+        recalled(output, lambda: setattr(self.shared, "weights", weights))
+        return output
 
     @torch.no_grad()
     def last_hidden(self, inner: Any, call: Mapping[str, Any], text: Tensor) -> Tensor:

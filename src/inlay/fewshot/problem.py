@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from inlay.fewshot.base import Base
 from inlay.fewshot.learning.fitting import Demonstrator, Fit, Recipe, fit
 from inlay.fewshot.learning.objectives import Objective
 from inlay.fewshot.predictor import Predictor, Solution
+from inlay.fewshot.progress import EachStep
 from inlay.fewshot.prompts.soft_slots import with_slots
 from inlay.fewshot.prompts.template import Row, Template
 from inlay.fewshot.prompts.verbalizer import Verbalizer
@@ -98,7 +99,7 @@ class Problem:
         seed: int | None = None,
         methods: Sequence[Method] | None = None,
         start: str | Path | None = None,
-        each_step: Callable[[int, float], None] = lambda step, loss: None,
+        each_step: EachStep = lambda step, loss: None,
         depends: Mapping[str, Any] | None = None,
     ) -> Predictor:
         """A fresh adapter trained on `data` (by default the labelled rows) as a stage of the run, and kept there.
@@ -112,12 +113,15 @@ class Problem:
         chosen = with_slots(self.methods if methods is None else methods, scorer)
 
         def make(folder: Path) -> dict[str, Any]:
-            with self.base.adapted(scorer.auto, chosen, seed=seed, labels=len(self.labels), start=start) as model:
+            with (
+                self.base.adapted(scorer.auto, chosen, seed=seed, labels=len(self.labels), start=start) as model,
+                stages.watch(name, recipe.steps) as shown,
+            ):
                 trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
                 count = trained if recipe.steps else 0  # asked as it is: no training
                 done: Fit = fit(
                     model, scorer, rows, targets, objective=objective, recipe=recipe, seed=seed,
-                    demonstrator=demonstrator, each_step=each_step,
+                    demonstrator=demonstrator, each_step=_both(shown, each_step),
                 )  # fmt: skip
                 save(model, folder / ADAPTER)
             return {"trainable_parameters": count, "rows": len(rows), "losses": done.losses}
@@ -128,6 +132,16 @@ class Problem:
             objective=repr(objective or scorer.objective()), **(depends or {}),
         )  # fmt: skip
         return Predictor(scorer=scorer, adapter=stages.folder / name / ADAPTER)
+
+
+def _both(first: EachStep, second: EachStep) -> EachStep:
+    """Tells the one, then the other."""
+
+    def told(step: int, loss: float) -> None:
+        first(step, loss)
+        second(step, loss)
+
+    return told
 
 
 def _digest(rows: Sequence[Row], targets: Sequence[str] | Tensor) -> str:

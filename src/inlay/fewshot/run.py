@@ -24,6 +24,7 @@ ALIASES = {
     "seed": "seeds",
     "train_file": "train",
     "test_file": "test",
+    "groups": "group_column",
 }
 ALIASES = {name: field for name, field in ALIASES.items() if field not in ("task", "columns")}
 
@@ -58,6 +59,8 @@ class FewShotRun:
     """Whether shots are counted per "class" or in "total"."""
     dev: int | str | None = None
     """Rows to choose by, per class or in total as shots are; "same": as many; None: as the system needs."""
+    group_column: str | None = None
+    """The column of what a row belongs to (an article, a speaker): no group stands on two sides of a split."""
     seeds: Sequence[int] = SEEDS[:1]
     """One split and training for each; a number means so many of them."""
     model: str | None = None
@@ -68,6 +71,8 @@ class FewShotRun:
     """How an adapter is trained: steps, batch_size, learning_rate, …; what is left out is the system's choice."""
     max_length: int = 128
     """Tokens of an example at most."""
+    baseline: bool = True
+    """Whether in-context learning is measured beside, on some of the test rows."""
     dtype: str = "float32"
     """Of the base model's weights."""
     out: str = ""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ from datasets import Dataset
 
 from inlay.engine.registry import make_method
 from inlay.errors import ConfigError, DataError, TrainingError
+from inlay.fewshot.agreement import agreement_of_run
 from inlay.fewshot.base import Base
+from inlay.fewshot.baseline import NAME, in_context
 from inlay.fewshot.embedded import embedded_model
 from inlay.fewshot.flops import cost
+from inlay.fewshot.groups import Groups
 from inlay.fewshot.learning.fitting import Recipe
 from inlay.fewshot.problem import Labelled, Problem, System
+from inlay.fewshot.progress import EachStep, Progress, unwatched
 from inlay.fewshot.prompts.template import Template
 from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.report import Report, SeedResult
@@ -58,6 +63,7 @@ class Ready:
     verbalizer: Verbalizer
     text: Template
     recipe: Recipe
+    groups: Groups | None
 
     def problem(self, split: Split, seed: int) -> Problem:
         """The problem of one seed."""
@@ -68,6 +74,8 @@ class Ready:
             return Labelled(rows=[rows[index] for index in numbers], labels=[named[index] for index in numbers])
 
         unlabelled = self.unlabelled.to_list() if self.unlabelled is not None else [rows[i] for i in split.rest]
+        if self.groups is not None:
+            unlabelled = self.groups.without(unlabelled, split)
         order = torch.randperm(len(unlabelled), generator=torch.Generator().manual_seed(seed)).tolist()
         return Problem(
             base=self.base,
@@ -86,15 +94,22 @@ class Ready:
 
 
 def fewshot(
-    run: FewShotRun, *, resume: bool = False, overwrite: bool = False, say: Callable[[str], None] | None = None
+    run: FewShotRun,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] | None = None,
+    progress: bool = False,
 ) -> Report:
     """Run a few-shot system once for each seed. Left in `run.out`: fewshot.yaml, a folder for each seed with its
-    stages and solution, record.json and README.md.
+    stages and solution, record.json, README.md and, of several measured seeds, seeds.svg.
 
-    `resume` goes on behind the last stage that was finished; `overwrite` replaces an earlier run. Raises ConfigError
-    and DataError before anything is trained for what cannot work, TrainingError when a loss is no number.
+    `resume` goes on behind the last stage that was finished; `overwrite` replaces an earlier run. `progress` shows
+    stages and steps on standard error; `say` is told of the stages instead. Raises ConfigError and DataError before
+    anything is trained for what cannot work, TrainingError when a loss is no number.
     """
-    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    shown = Progress()
+    say = say or (shown.say if progress else lambda line: None)
     out = Path(run.out)
     _make_room(run, out, resume, overwrite)
     ready = prepare(run)
@@ -102,12 +117,17 @@ def fewshot(
     write_text(out / RUN_FILE, run.to_yaml())
     results = []
     for number, seed in enumerate(run.seeds):
-        begun = time.monotonic()
-        say(f"seed {seed} ({number + 1} of {len(run.seeds)})")
-        results.append(_solved(ready, splits[seed], seed, out, say))
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in results[-1].test.items())
-        say(f"seed {seed}: {shown or 'no test rows to measure on'}  {duration(time.monotonic() - begun)}")
-    report = Report.of(run, ready.labels, results)
+        begun, which = time.monotonic(), f"seed {seed} ({number + 1} of {len(run.seeds)})"
+        say(which)
+        stages = Stages(
+            seed_folder(out, seed) / "stages",
+            lambda line: say(f"  {line}"),
+            functools.partial(_watched, shown, which) if progress else unwatched,
+        )
+        results.append(_solved(ready, splits[seed], seed, out, stages))
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in results[-1].test.items())
+        say(f"seed {seed}: {figures or 'no labelled test rows to measure on'}  {duration(time.monotonic() - begun)}")
+    report = Report.of(run, ready.labels, results, _agreement(ready, out))
     report.write(out)
     return report
 
@@ -149,7 +169,7 @@ def prepare(run: FewShotRun) -> Ready:
     ready = Ready(
         run=run, system=system, base=Base(source, run.dtype), labels=labels, label=label, train=train,
         unlabelled=unlabelled, test=splits.get("test"), templates=templates, verbalizer=verbalizer, text=text,
-        recipe=_recipe(run, system),
+        recipe=_recipe(run, system), groups=_groups(run, system, train, splits.get("test")),
     )  # fmt: skip
     if run.find_words is None:
         system.check(ready.problem(Split((), (), (), 0, 0, run.per), 0))
@@ -159,29 +179,41 @@ def prepare(run: FewShotRun) -> Ready:
     return ready
 
 
-def _solved(ready: Ready, split: Split, seed: int, out: Path, say: Callable[[str], None]) -> SeedResult:
+def _agreement(ready: Ready, out: Path) -> Mapping[str, Any] | None:
+    """How far the seeds agree on the test rows, where there are several seeds, and test rows."""
+    return agreement_of_run(out).to_dict() if ready.test is not None and len(ready.run.seeds) > 1 else None
+
+
+def _watched(shown: Progress, which: str, name: str, steps: int) -> AbstractContextManager[EachStep]:
+    return shown.watch(f"{which}, {name}", steps)
+
+
+def _solved(ready: Ready, split: Split, seed: int, out: Path, stages: Stages) -> SeedResult:
     """One seed: the system's stages, its solution written, its test scores."""
     folder = seed_folder(out, seed)
-    stages = Stages(folder / "stages", lambda line: say(f"  {line}"))
     problem = ready.problem(split, seed)
     words = None if ready.run.find_words is None else _found_words(problem, ready.run.find_words, stages)
     if words is not None:
         problem = dataclasses.replace(problem, verbalizer=Verbalizer(words))
-        say("  " + "; ".join(f"{label}: {', '.join(listed)}" for label, listed in words.items()))
+        stages.say("; ".join(f"{label}: {', '.join(listed)}" for label, listed in words.items()))
     solution = ready.system.solve(problem, stages)
     write_json(folder / SOLUTION_FILE, {**solution.to_dict(folder), "labels": list(ready.labels)})
     test: dict[str, float] = {}
-    if ready.test is not None and ready.label in ready.test.column_names:
+    baseline = None
+    if ready.test is not None:
         rows = ready.test.to_list()
         scores = stages.tensor("test-scores", lambda: solution.scores(ready.base, rows), rows=len(rows))
-        true = np.array([ready.labels.index(label_name(row[ready.label])) for row in rows])
-        test = single_label_scores(scores.argmax(-1).numpy(), true)
+        if ready.label in ready.test.column_names:
+            true = np.array([ready.labels.index(label_name(row[ready.label])) for row in rows])
+            test = single_label_scores(scores.argmax(-1).numpy(), true)
+            if ready.run.baseline and ready.system.kind != "icl":
+                baseline = in_context(problem, rows, true, stages, COSTED)
     some = (ready.test if ready.test is not None else ready.train).to_list()[:COSTED]
     price = stages.once("cost", lambda folder: dataclasses.asdict(cost(solution, ready.base, some)))
-    notes = stages.notes()
+    notes = {name: note for name, note in stages.notes().items() if not name.startswith(f"{NAME}/")}
     return SeedResult(
         seed=seed,
-        split=split.to_dict(),
+        split={**split.to_dict(), **({"groups": ready.groups.to_dict(split)} if ready.groups is not None else {})},
         test=test,
         words=words,
         seconds=round(sum(note["seconds"] for note in notes.values()), 3),
@@ -190,6 +222,7 @@ def _solved(ready: Ready, split: Split, seed: int, out: Path, say: Callable[[str
         tokens=price["tokens"],
         adapters=sum("trainable_parameters" in note for note in notes.values()),
         stages={name: note["seconds"] for name, note in notes.items()},
+        baseline=baseline,
     )
 
 
@@ -212,12 +245,32 @@ def _split(ready: Ready, seed: int) -> Split:
     """The rows of a seed. Raises DataError where there are fewer than shots."""
     named = [label_name(value) for value in ready.train[ready.label]]
     run, dev = ready.run, ready.run.dev if ready.run.dev is not None else ready.system.dev
+    groups = ready.groups.train if ready.groups is not None else None
+    apart = ready.groups.test if ready.groups is not None else frozenset[str]()
+    free = [index for index in range(len(named)) if groups is None or groups[index] not in apart]
+    if not free:
+        raise DataError(
+            f"every row of {source_name(ready.train)} has the {run.group_column} of a test row: nothing is left to draw"
+        )
     if run.shots is None:
-        everything = torch.randperm(len(named), generator=torch.Generator().manual_seed(seed)).tolist()
-        return Split(tuple(everything), (), (), seed, len(named), "total")
+        order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed)).tolist()
+        return Split(tuple(free[place] for place in order), (), (), seed, len(free), "total")
     if run.shots == 0:
-        return Split((), (), tuple(range(len(named))), seed, 0, run.per)
-    return few_shot_split(named, run.shots, per=run.per, dev=dev, seed=seed)  # type: ignore[arg-type]
+        return Split((), (), tuple(free), seed, 0, run.per)
+    return few_shot_split(named, run.shots, per=run.per, dev=dev, seed=seed, groups=groups, apart=apart)  # type: ignore[arg-type]
+
+
+def _groups(run: FewShotRun, system: System, train: Dataset, test: Dataset | None) -> Groups | None:
+    """The rows' groups. Raises ConfigError where there is one side of rows alone."""
+    if run.group_column is None:
+        return None
+    chosen_by = (run.dev if run.dev is not None else system.dev) if run.shots else 0
+    if test is None and not chosen_by:
+        raise ConfigError(
+            f"--group-column {run.group_column} keeps rows apart, and there are training rows alone: give --test FILE, "
+            "or rows to choose by (shots, and dev=N)"
+        )
+    return Groups.read(run.group_column, train, test)
 
 
 def _labels(run: FewShotRun, train: Dataset, label: str) -> tuple[tuple[str, ...], Verbalizer]:

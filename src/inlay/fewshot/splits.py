@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,8 @@ class Split:
     train: tuple[int, ...]
     dev: tuple[int, ...]
     rest: tuple[int, ...]
-    """The rows that were not drawn, in their own order: unlabelled rows, where no others are given."""
+    """The rows that were not drawn, in their own order: unlabelled rows, where no others are given. With groups, those
+    of the development and test rows' groups are left out."""
     seed: int
     k: int
     per: str
@@ -48,11 +49,12 @@ def few_shot_split(
     dev: int | Literal["same"] = 0,
     seed: int = 0,
     groups: Sequence[Any] | None = None,
+    apart: Collection[Any] = (),
 ) -> Split:
     """Draw `k` rows of each class, or in all, and `dev` more ("same": as many) that share none with them.
 
-    `groups` (an article, a speaker) never stand on both sides: no row of train has a group of a row of dev.
-    Raises DataError when there are too few.
+    `groups` (an article, a speaker) never stand on both sides: no row of train or rest has a group of a row of dev, and
+    rows of the groups `apart` (those of test rows) are in no part. Raises DataError when there are too few.
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ConfigError(f"shots={k!r}: a whole number of at least 1 is needed")
@@ -60,21 +62,27 @@ def few_shot_split(
         raise ConfigError(f"per={per!r}: shots are counted per class or in total")
     if dev != "same" and (isinstance(dev, bool) or not isinstance(dev, int) or dev < 0):
         raise ConfigError(f"dev={dev!r}: a whole number of rows is needed, or 'same' for as many as there are shots")
+    if apart and groups is None:
+        raise ConfigError("apart names groups that are not to be drawn from: say each row's group too, groups=[…]")
     wanted = k if dev == "same" else dev
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
-    train = _draw(order, labels, k, per)
+    other = "" if groups is None else " of groups that are on no other side"
+    order = [i for i in order if groups is None or groups[i] not in apart]
+    train = _draw(order, labels, k, per, other)
     taken = {groups[index] for index in train} if groups is not None else set()
     drawn = set(train)
     left = [i for i in order if i not in drawn and (groups is None or groups[i] not in taken)]
-    held = _draw(left, labels, wanted, per) if wanted else []
+    held = _draw(left, labels, wanted, per, other) if wanted else []
     drawn |= set(held)
-    return Split(tuple(train), tuple(held), tuple(i for i in range(len(labels)) if i not in drawn), seed, k, per)
+    kept = {groups[index] for index in held} if groups is not None else set()
+    rest = [i for i in sorted(order) if i not in drawn and (groups is None or groups[i] not in kept)]
+    return Split(tuple(train), tuple(held), tuple(rest), seed, k, per)
 
 
-def _draw(order: Sequence[int], labels: Sequence[str], k: int, per: str) -> list[int]:
+def _draw(order: Sequence[int], labels: Sequence[str], k: int, per: str, other: str) -> list[int]:
     if per == "total":
         if len(order) < k:
-            raise DataError(f"{k} rows are to be drawn, and there are {len(order)}: fewer shots, or more rows")
+            raise DataError(f"{k} rows are to be drawn, and there are {len(order)}{other}: fewer shots, or more rows")
         return list(order[:k])
     by_label: dict[str, list[int]] = {label: [] for label in sorted(set(labels))}
     for index in order:
@@ -83,6 +91,7 @@ def _draw(order: Sequence[int], labels: Sequence[str], k: int, per: str) -> list
     for label, rows in by_label.items():
         if len(rows) < k:
             raise DataError(
-                f"{k} rows of each label are to be drawn, and {label!r} has {len(rows)} left: fewer shots, or more rows"
+                f"{k} rows of each label are to be drawn, and {label!r} has {len(rows)} left{other}: fewer shots, or "
+                "more rows"
             )
     return [index for rows in by_label.values() for index in rows]

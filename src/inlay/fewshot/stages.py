@@ -17,20 +17,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inlay.errors import CheckpointError
+from inlay.fewshot.progress import Watch, unwatched
 from inlay.train.files import is_complete, staged, write_json
 
 NOTE = "stage.json"
 
 
 class Stages:
-    """Finished stages in a folder. `say` is told about each as it begins."""
+    """Finished stages in a folder. `say` is told of each as it begins, `watch` of the steps of one that trains."""
 
-    def __init__(self, folder: str | Path, say: Callable[[str], None] = lambda line: None) -> None:
-        self.folder, self.say = Path(folder), say
+    def __init__(
+        self, folder: str | Path, say: Callable[[str], None] = lambda line: None, watch: Watch = unwatched
+    ) -> None:
+        self.folder, self.say, self.watch = Path(folder), say, watch
 
     def within(self, name: str) -> Stages:
         """Stages of a part of the run, in a folder of their own."""
-        return Stages(self.folder / name, lambda line: self.say(f"{name}: {line}"))
+        return Stages(
+            self.folder / name,
+            lambda line: self.say(f"{name}: {line}"),
+            lambda stage, steps: self.watch(f"{name}: {stage}", steps),
+        )
 
     def once(self, name: str, make: Callable[[Path], Mapping[str, Any] | None], **depends: Any) -> dict[str, Any]:
         """Let `make` fill the stage's folder, unless it has been done; its note (what `make` returned, and seconds).

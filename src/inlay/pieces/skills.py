@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from inlay.errors import UnsupportedError
 from inlay.kernels import lora as kernel
 from inlay.kernels.per_row import per_row
 from inlay.pieces.interconnected import place
+from inlay.pieces.recalled import recalled
 
 TINY = 1e-12
 """Added to a sum of shares before it divides them."""
@@ -60,10 +61,7 @@ class TaskEntry(Piece):
         output = inner(*args, **kwargs)
         if not torch.is_grad_enabled():
             self.tasks.given = None
-        elif not torch.compiler.is_compiling():
-            for tensor in output.values() if isinstance(output, Mapping) else (output,):
-                if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    tensor.register_hook(lambda _: setattr(self.tasks, "given", task_ids))  # type: ignore[no-untyped-call]
+        recalled(output, lambda: setattr(self.tasks, "given", task_ids))
         return output
 
 
