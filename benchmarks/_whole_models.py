@@ -22,7 +22,7 @@ import inlay
 from inlay.engine.adapters import adapters_of
 from inlay.engine.prompts.entry import prompt_of
 
-SHAPE = protocol.Shape(layers=2, hidden=256, mlp=704, heads=4, vocabulary=512, length=64)
+SHAPE = protocol.Shape(layers=2, hidden=256, mlp=704, heads=4, vocabulary=4096, length=64)
 VIRTUAL, INVOCATION, TARGETS = 20, [7, 8], ["q_proj", "v_proj"]
 Call = Callable[[nn.Module, Tensor], Tensor]
 
@@ -73,13 +73,18 @@ def text() -> Tensor:
     return ids
 
 
-def paired(theirs: Any, ours: Any, tied: bool = False, **more: Any) -> Pair:
-    """The pair, with x in the embeddings of all three models."""
-    x = torch.zeros(SHAPE.batch, SHAPE.length, SHAPE.hidden).requires_grad_()
+def paired(theirs: Any, ours: Any, *, tied: bool = False, prepended: int = 0, **more: Any) -> Pair:
+    """The pair, with x in the embeddings of all three models; where a prompt comes first, in what the first block
+    reads, because peft embeds the text alone and Inlay the places of the prompt too.
+    """
+    x = torch.zeros(SHAPE.batch, prepended + SHAPE.length, SHAPE.hidden).requires_grad_()
     bare = base(tied).requires_grad_(False)
     ids = text()
     for model in (theirs.get_base_model(), ours, bare):
-        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output + x)
+        if prepended and model is not bare:
+            model.model.layers[0].register_forward_pre_hook(lambda module, args: (args[0] + x, *args[1:]))
+        else:
+            model.get_input_embeddings().register_forward_hook(lambda module, args, output: output + x[:, prepended:])
     call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def loss(model: nn.Module, x: Tensor) -> Tensor:
@@ -92,11 +97,11 @@ def paired(theirs: Any, ours: Any, tied: bool = False, **more: Any) -> Pair:
 # -- the methods -------------------------------------------------------------------------------------------------------
 
 
-def from_config(config: peft.PeftConfig, tied: bool = False, **more: Any) -> Pair:
+def from_config(config: peft.PeftConfig, **more: Any) -> Pair:
     """peft's model of a config, and its file here."""
-    build = functools.partial(base, tied)
+    build = functools.partial(base, more.get("tied", False))
     theirs = peft.get_peft_model(build(), config)
-    return paired(theirs, through_file(build, theirs), tied, **more)
+    return paired(theirs, through_file(build, theirs), **more)
 
 
 def prompt_encoder(config: peft.PromptEncoderConfig) -> Pair:
@@ -108,7 +113,7 @@ def prompt_encoder(config: peft.PromptEncoderConfig) -> Pair:
     with torch.no_grad():
         for key, parameter in theirs.prompt_encoder["default"].named_parameters():
             here[key.replace("embedding.weight", "embedding").replace("mlp_head", "mlp")].copy_(parameter)
-    return paired(theirs, ours)
+    return paired(theirs, ours, prepended=VIRTUAL)
 
 
 def loras(folder: Path, names: Sequence[str]) -> list[str]:
@@ -186,7 +191,9 @@ PAIRS: dict[str, Callable[[Any], Pair]] = {
     "arrow": arrow,
     "xlora": xlora,
     "weight_tied_lora": functools.partial(from_config, tied=True),
-    "multitask_prompt_tuning": functools.partial(from_config, task_ids=torch.tensor([0, 2, 1, 1])),
+    "prompt_tuning": functools.partial(from_config, prepended=VIRTUAL),
+    "multitask_prompt_tuning": functools.partial(from_config, prepended=VIRTUAL, task_ids=torch.tensor([0, 2, 1, 1])),
+    "cpt": functools.partial(from_config, prepended=VIRTUAL),
 }
 """How a method's pair is made, where a config and its file are not all."""
 

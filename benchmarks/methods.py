@@ -134,9 +134,7 @@ CALLS = {"poly": of_tasks}
 """How a model is called that needs more than x."""
 
 
-def step_of(
-    model: nn.Module, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor] = plainly
-) -> Callable[[], Tensor]:
+def step_of(model: nn.Module, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor] = plainly) -> Callable[[], Tensor]:
     """Forward and backward, with gradients made anew; gives the gradient of x."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 

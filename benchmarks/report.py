@@ -213,7 +213,7 @@ SECTIONS = {
     "mixed": ("Mixed batches", "python benchmarks/mixed.py"),
     "decode": ("Generating on a CPU", "python benchmarks/decode.py"),
     "cache_frozen": ("Frozen states computed once", "python benchmarks/cache_frozen.py"),
-    "methods": ("One linear, method by method", "python benchmarks/methods.py"),
+    "methods": ("Method by method", "python benchmarks/methods.py"),
 }
 HEAD = f"""# The hot path, measured
 

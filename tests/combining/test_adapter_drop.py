@@ -94,3 +94,28 @@ def test_drop_inside_and_around_other_compositions() -> None:
     inlay.activate(base, Parallel(AdapterDrop("a", first=(0, 2)), "b"))
     base.train()
     assert base(TEXT)[0].shape[0] == 8
+
+
+def test_blocks_computed_again_are_left_out_as_in_their_own_call() -> None:
+    """Several calls before one backward, each with its own draw."""
+    base = model("bert", method=inlay.LoRA(r=2), adapters="a")
+    inlay.trainable(base, "a")
+    inlay.activate(base, AdapterDrop("a", first=(0, 1)))
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+    def gradients() -> list[torch.Tensor]:
+        base.zero_grad()
+        torch.manual_seed(0)
+        sum(base(TEXT + shift)[0].square().mean() for shift in range(4)).backward()  # type: ignore[union-attr]
+        return [p.grad.clone() for p in adapters_of(base).get("a").parameters() if p.grad is not None]
+
+    base.train()
+    torch.manual_seed(0)
+    assert len({int(torch.randint(0, 2, ())) for _ in range(4)}) == 2
+    expected = gradients()
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # type: ignore[operator]
+    for found, gradient in zip(gradients(), expected, strict=True):
+        close(found, gradient)

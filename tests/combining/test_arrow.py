@@ -331,6 +331,7 @@ def test_a_file_knows_its_adapters(library: Path, tmp_path: Path) -> None:
         ({"top_k": 0}, ConfigError, "top_k=0"),
         ({"top_k": 4}, ConfigError, "from 1 to 3"),
         ({"temperature": 0.0}, ConfigError, "temperature"),
+        ({"temperature": float("inf")}, ConfigError, "temperature=inf"),
         ({"general": "gks_0"}, ConfigError, "general="),
         ({"general": (TASKS[1],)}, ConfigError, "none of"),
         ({"compat": "authors"}, ConfigError, "where `general` is given"),

@@ -64,6 +64,18 @@ def test_linear_is_the_sum_of_the_changes(weights: tuple[float, float]) -> None:
         close(found, weights[0] * law.get(place, zero) + weights[1] * poems.get(place, zero))
 
 
+def test_in_double_precision_the_sum_is_exact_to_it() -> None:
+    base = model().double()
+    for parameter in base.parameters():
+        parameter.data.mul_(1 + 1e-9)  # numbers that fp32 does not have
+    inlay.combine(base, {"law": 1.0, "poems": 1.0}, name="sum")
+    found = []
+    for active in (("law", "poems"), ("sum",)):
+        with inlay.using(base, *active), torch.no_grad():
+            found.append(base(IDS).last_hidden_state)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
 def test_top_keeps_the_largest_and_drop_keeps_the_mean() -> None:
     change = torch.tensor([[3.0, -4.0], [0.5, 1.0]])
     assert top(change, 0.5).tolist() == [[3.0, -4.0], [0.0, 0.0]]
@@ -231,6 +243,9 @@ BAD: dict[str, tuple[type[Exception], str, Any]] = {
     "taken": (AdapterError, "'poems' is loaded already", lambda base: inlay.combine(base, {"law": 1.0}, name="poems")),
     "rule": (ConfigError, "how='tise'.*did you mean 'ties'", lambda base: inlay.combine(base, {"law": 1.0}, "tise")),
     "density": (ConfigError, "density=0", lambda base: inlay.combine(base, {"law": 1.0}, "ties", density=0)),
+    "no number": (ConfigError, "'law': 'a'", lambda base: inlay.combine(base, {"law": "a"})),  # type: ignore[dict-item]
+    "no finite one": (ConfigError, "finite number", lambda base: inlay.combine(base, {"law": float("nan")})),
+    "seed": (ConfigError, "seed='a'", lambda base: inlay.combine(base, {"law": 1.0}, "dare_linear", seed="a")),  # type: ignore[arg-type]
     "rank": (ConfigError, "rank=0", lambda base: inlay.combine(base, {"law": 1.0}, rank=0)),
     "share": (ConfigError, r"rank=1\.5", lambda base: inlay.combine(base, {"law": 1.0}, rank=1.5)),
     "no rank": (ConfigError, "say a rank", lambda base: inlay.to_lora(base, "law", rank=None)),

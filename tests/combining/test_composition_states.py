@@ -143,7 +143,10 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
         (lambda: BatchSplit("a", "b", sizes=[1]), ConfigError, "2 are needed"),
         (lambda: Split("a", "b", sizes=[1, -1]), ConfigError, "whole numbers"),
         (lambda: Average("a", weights=[1, 2]), ConfigError, "1 are needed"),
+        (lambda: Average("a", "b", weights=["x", 1]), ConfigError, "numbers are needed"),  # type: ignore[list-item]
+        (lambda: Average("a", "b", weights=[float("nan"), 1]), ConfigError, "numbers are needed"),
         (lambda: AdapterDrop("a", first=-1), ConfigError, "least, most"),
+        (lambda: AdapterDrop("a", first=None), ConfigError, "least, most"),  # type: ignore[arg-type]
         (lambda: AdapterDrop("a", first=(3, 1)), ConfigError, "least, most"),
         (lambda: AdapterDrop(None, first=1), ConfigError, "name an adapter"),  # type: ignore[arg-type]
         (lambda: Parallel("a", "q"), AdapterError, "no adapter 'q' is loaded"),

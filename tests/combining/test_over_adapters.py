@@ -133,6 +133,32 @@ def test_of_adapters_that_change_a_linear(method: inlay.Method, source: inlay.Me
     close(linear(x), h + FORMULAS[type(piece)](piece, h, changes), 1e-4)  # differences of outputs
 
 
+def test_in_half_precision_what_a_lora_adds_is_no_difference_of_rounded_outputs() -> None:
+    """(h + u) − h in bfloat16 would be off by 2⁻⁸ of h, which may be more than u."""
+    seen: dict[torch.dtype, list[Tensor]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(32, 32))
+        nn.init.constant_(base[0].bias, 30.0)  # type: ignore[arg-type]
+        base = base.to(dtype).eval()
+        for name in NAMES[:2]:
+            inlay.attach(base, inlay.LoRA(r=2, alpha=2, init="random", targets="0"), name)
+        inlay.trainable(base)
+        inlay.attach(base, ScaLearn(adapters=NAMES[:2]), "both")
+        inlay.activate(base, "both")
+        (piece,) = (module for module in base.modules() if isinstance(module, ScalePiece))
+        held = seen[dtype] = []
+
+        def watched(h: Tensor, changes: list[Tensor], held: list[Tensor] = held, mix: Any = piece.mix) -> Any:
+            held.extend(changes)
+            return mix(h, changes)
+
+        piece.mix = watched  # type: ignore[method-assign]
+        base(torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).to(dtype))
+    for whole, half in zip(*seen.values(), strict=True):
+        assert (half.float() - whole).abs().mean() < 0.02 * whole.abs().mean()
+
+
 def test_fusion_of_one_adapter_starts_as_that_adapter_and_of_several_between_them() -> None:
     base = model()
     with inlay.using(base, "law"):
@@ -357,6 +383,7 @@ def test_a_file_says_which_adapters_it_is_made_of(cls: Make, tmp_path: Path) -> 
     [
         ({}, ConfigError, "name loaded adapters"),
         ({"adapters": "law"}, ConfigError, "name loaded adapters"),
+        ({"adapters": (1,)}, ConfigError, "name loaded adapters"),
         ({"adapters": ("law", "law")}, ConfigError, "twice"),
         ({"adapters": ("law",), "targets": "query"}, ConfigError, "exclude or layers"),
         ({"adapters": ("law", "poem")}, AdapterError, "did you mean 'poems'"),
@@ -373,6 +400,17 @@ def test_what_cannot_be_put_together(cls: Make, fields: dict[str, Any], error: t
     with pytest.raises(error, match=message):
         inlay.attach(base, cls(**fields), "both")
     assert "both" not in adapters_of(base).loaded
+
+
+def test_numbers_that_cannot_be() -> None:
+    for act, message in (
+        (lambda: AdapterFusion(adapters=NAMES, regularisation=-1), r"regularisation=-1\): .* at least 0"),
+        (lambda: AdapterFusion(adapters=NAMES, regularisation="a"), r"regularisation='a'"),  # type: ignore[arg-type]
+        (lambda: ScaLearn(adapters=NAMES, dropout=1.0), r"ScaLearn\(dropout=1\.0\): a probability in \[0, 1\)"),
+        (lambda: ScaLearn(adapters=NAMES, dropout="a"), r"ScaLearn\(dropout='a'\)"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ConfigError, match=message):
+            act()
 
 
 def test_an_adapter_that_runs_by_itself_too_or_is_gone() -> None:

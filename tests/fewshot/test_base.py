@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fewshot import toys
+from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 import inlay
 from inlay.errors import ConfigError
@@ -126,3 +128,24 @@ def test_random_states_outside_stay(base: Base) -> None:
     with base.adapted("head", METHODS, seed=1, labels=2):
         pass
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_text_is_cut_to_the_models_places_where_its_tokenizer_says_nothing_of_them(kind: str, tmp_path: Path) -> None:
+    """RoBERTa has as many places as its table has rows behind the padding's."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    if kind == "bert":
+        tokenizer = toys.wordpiece(length=10**30)
+        model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **sizes))
+    else:
+        tokenizer = toys.byte_level(length=10**30)
+        shape = {"max_position_embeddings": 34, "pad_token_id": 1, "type_vocab_size": 1}
+        model = RobertaForMaskedLM(RobertaConfig(vocab_size=len(tokenizer), **shape, **sizes))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    base = Base(str(tmp_path), device="cpu")
+    scorer = mask_scorer(base)
+    with base.holding("masked-lm", None) as held:
+        assert scorer.scores(held, [{"text": "a film " * 90}]).isfinite().all()
+    (encoded,) = scorer.encode([{"text": "a film " * 90}])
+    assert len(encoded) == 32

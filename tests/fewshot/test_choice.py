@@ -11,7 +11,7 @@ from fewshot.writers import WORDS, Planted, bart, byte_pieces, gpt2, gpt_neo, ll
 from transformers import PreTrainedTokenizerFast
 
 import inlay
-from inlay.errors import ConfigError
+from inlay.errors import ConfigError, DataError
 from inlay.fewshot.prompts.template import Template
 from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.choice import ChoiceScorer
@@ -232,6 +232,28 @@ def test_demonstrations_go_whole_until_prompt_and_answer_fit(direction: Any, wor
     assert (counts[0], counts[-1]) == (0, 3)
 
 
+@pytest.mark.parametrize(("text", "shown"), [("a b c d e " * 9, []), ("b c d", [({"text": "a a"}, "pos")])])
+def test_as_much_of_the_example_is_asked_for_behind_every_answer(
+    text: str, shown: Any, words: PreTrainedTokenizerFast
+) -> None:
+    """channel: a text that is cut shorter would be likelier, and a long answer leaves it less room."""
+    given = {"neg": "bad", "pos": "really really really good"}
+    table: Any = Planted(torch.zeros(len(WORDS), len(WORDS)))  # all words are alike to it
+    seen = set()
+    for length in range(10, 30):
+        made = scorer(
+            words, "It was {mask}. {text}", words=given, direction="channel", max_length=length, length_norm=0.0
+        )
+        row: Any = made.encode([{"text": text}], [shown])[0]
+        (example,) = {choices[0] for _, choices in row.pairs}
+        assert max(len(prompt) for prompt, _ in row.pairs) + len(example) <= length
+        seen.add((len(example), row.demonstrations))
+        assert len({"a a" in words.decode(prompt) for prompt, _ in row.pairs}) == 1
+        scores = made.scores(table, [{"text": text}], demonstrations=[shown])
+        assert scores[0, 0] == scores[0, 1]
+    assert len(seen) == (20 if not shown else 3)  # the demonstration and all of it; without; less of it
+
+
 def test_each_row_is_compared_with_its_own_demonstrations_alone(words: PreTrainedTokenizerFast) -> None:
     """pmi: what an empty example says depends on what is shown before it."""
     model, made = gpt2(len(WORDS)), scorer(words, direction="pmi")
@@ -268,3 +290,8 @@ def test_what_cannot_be_asked_is_said_at_once(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         scorer(words, template, **options).encode(ROWS)
+
+
+def test_a_demonstration_of_a_label_that_nobody_knows(words: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match="the label 'post'; did you mean 'pos'"):
+        scorer(words).encode(ROWS[:1], [[({"text": "a"}, "post")]])

@@ -24,6 +24,7 @@ from transformers import (
 import inlay
 from inlay.errors import ConfigError, UnsupportedError
 from inlay.fewshot.base import Base
+from inlay.fewshot.explaining import explained
 from inlay.fewshot.learning.fitting import Recipe
 from inlay.fewshot.methods.restricted_head import RestrictedHead, restricted_to
 from inlay.fewshot.predictor import Predictor
@@ -167,6 +168,24 @@ def test_the_adapter_and_its_head_are_saved_and_small(problem: Problem, tmp_path
     untrained = Predictor(scorer=problem.mask_scorer(problem.templates[0])).scores(problem.base, ROWS)
     assert not torch.allclose(scores, untrained, atol=1e-2)
     assert system_class("content") is Content
+
+
+def test_an_explanation_names_the_words_of_the_small_head(
+    problem: Problem, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    one = dataclasses.replace(
+        problem, templates=(Template("{text} It is {mask} ."),),
+        verbalizer=Verbalizer({"pro": "good", "con": "bad", "none": "nothing"}),
+    )  # fmt: skip
+    for head in (True, False):
+        solution = Content(head=head).solve(one, Stages(tmp_path / str(head)))
+        (found,) = explained(one.base, solution, ROWS[:1], top=len(tokenizer))
+        said = dict(found.words[0])
+        assert set(said) >= {"good", "bad", "nothing"}
+        assert (set(said) == {"good", "bad", "nothing"}) is head
+        whole = said["good"] + said["bad"] + said["nothing"]
+        shares = {label: said[word] / whole for label, word in (("pro", "good"), ("con", "bad"), ("none", "nothing"))}
+        assert shares == pytest.approx(found.scores, abs=1e-5)
 
 
 def test_a_near_domain_start_keeps_the_body_and_swaps_the_head(problem: Problem, tmp_path: Path) -> None:

@@ -157,6 +157,29 @@ def test_columns_of_demonstrations_are_kept_to_their_length(tokenizer: PreTraine
     )
 
 
+def test_a_long_example_leaves_short_demonstrations_their_room(any_tokenizer: PreTrainedTokenizerFast) -> None:
+    """With demonstrations of limited length the example gives way first, down to half; then they go."""
+    template = Template("{text} It was {mask}.")
+    demos = [({"text": f"{letter} " * 40}, "good") for letter in "bc"]
+    short, long = ({"text": "z " * count} for count in (2, 200))
+    together = Encoder(template, any_tokenizer, 512, 4)([template.render(short, demonstrations=demos)])[0]
+    alone = Encoder(template, any_tokenizer, 512)([template.render(short)])[0]
+    needed = len(together) - len(alone)  # the demonstrations'
+    for length in range(2 * needed - 12, 2 * needed + 12, 3):
+        found = Encoder(template, any_tokenizer, length, 4)([template.render(long, demonstrations=demos)])[0]
+        assert len(found) <= length
+        assert len(found.masks) == 1
+        if needed <= length - length // 2:
+            assert found.demonstrations == 2
+            assert len(found) == length, "nothing goes that has room"
+        else:
+            assert found.demonstrations < 2
+    whole = Encoder(template, any_tokenizer, 512, 4)([template.render(long, demonstrations=demos)])[0]
+    assert (whole.demonstrations, whole.cut) == (2, 0)
+    bare = Encoder(template, any_tokenizer, 64, 4)([template.render(long)])[0]
+    assert len(bare) == 64, "alone it has all the room"
+
+
 def test_soft_slots_have_numbered_places(tokenizer: PreTrainedTokenizerFast) -> None:
     template = Template("{soft:2}{text}{soft:good news} {mask}")
     encoder = Encoder(template, tokenizer, 64)

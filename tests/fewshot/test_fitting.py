@@ -14,7 +14,7 @@ from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 import inlay
 from inlay.engine.adapters import adapters_of
 from inlay.engine.controller import Controller
-from inlay.errors import ConfigError, TrainingError
+from inlay.errors import ConfigError, DataError, TrainingError
 from inlay.fewshot.learning.fitting import Fit, Recipe, fit
 from inlay.fewshot.learning.objectives import CrossEntropy, Distillation, Objective, Step
 from inlay.fewshot.prompts.template import Template
@@ -202,12 +202,53 @@ def test_a_loss_that_is_no_number_ends_the_training(model: BertForMaskedLM, scor
     assert not model.training
 
 
+def test_a_step_that_failed_leaves_no_gradient_to_the_next_training(model: BertForMaskedLM, scorer: MaskScorer) -> None:
+    """Neither that of a loss that is no number, nor one of the caller's own."""
+
+    class Broken(Objective):
+        def __call__(self, step: Step) -> torch.Tensor:
+            return step.scores.sum() * float("nan")
+
+    begun = state(model)
+    clean = fit(model, scorer, ROWS, LABELS, recipe=RECIPE).losses
+    model.load_state_dict(begun)
+    with pytest.raises(TrainingError):
+        fit(model, scorer, ROWS, LABELS, recipe=RECIPE, objective=Broken())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 9.0) if parameter.requires_grad else None
+    assert fit(model, scorer, ROWS, LABELS, recipe=RECIPE).losses == clean
+
+
+def test_each_modules_own_mode_stays(model: BertForMaskedLM, scorer: MaskScorer) -> None:
+    model.train()
+    model.bert.embeddings.eval()
+    flags = [module.training for module in model.modules()]
+    fit(model, scorer, ROWS, LABELS, recipe=Recipe(steps=1))
+    assert [module.training for module in model.modules()] == flags
+    assert len(set(flags)) == 2
+
+
+def test_objectives_that_cannot_be_meant_and_labels_that_nobody_knows(
+    model: BertForMaskedLM, scorer: MaskScorer
+) -> None:
+    with pytest.raises(DataError, match="the label 'post'; did you mean 'pos'"):
+        fit(model, scorer, ROWS[:2], ["neg", "post"], recipe=RECIPE)
+    with pytest.raises(ConfigError, match="has the factor 0"):
+        fit(model, scorer, ROWS, LABELS, recipe=RECIPE, objective=0 * CrossEntropy())
+    with pytest.raises(ConfigError, match="the targets are labels"):
+        fit(model, scorer, ROWS[:2], LABELS[:2], recipe=RECIPE, objective=Distillation())
+
+
 def test_what_cannot_be_trained_is_an_error(model: BertForMaskedLM, scorer: MaskScorer) -> None:
     with pytest.raises(ConfigError, match="no rows"):
         fit(model, scorer, [], [])
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing of the model is trainable"):
         fit(model, scorer, ROWS, LABELS)
-    for wrong in ({"steps": -1}, {"batch_size": 0}, {"steps": True}, {"learning_rate": float("nan")}):
-        with pytest.raises(ConfigError):
+    for wrong in ({"steps": -1}, {"batch_size": 0}, {"steps": True}, {"learning_rate": float("nan")},
+                  {"learning_rate": "1e-3"}, {"rates": {"full": "1e-3"}}, {"clip": 0.0}, {"clip": None},
+                  {"warmup": 1.5}, {"warmup": -0.1}, {"weight_decay": -0.01}):  # fmt: skip
+        with pytest.raises(ConfigError, match=str(*wrong) if "rates" not in wrong else "full='1e-3'"):
             Recipe(**wrong)
+    assert Recipe(clip=float("inf"), warmup=1, weight_decay=0).warmup == 1

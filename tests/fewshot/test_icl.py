@@ -12,7 +12,7 @@ from fewshot.writers import WORDS, Copying, gpt2, held, llama, t5, whole_words
 from torch.nn import functional
 
 import inlay
-from inlay.errors import ConfigError, DataError
+from inlay.errors import CheckpointError, ConfigError, DataError
 from inlay.fewshot.base import Base
 from inlay.fewshot.flops import cost
 from inlay.fewshot.learning.fitting import Recipe
@@ -70,6 +70,16 @@ def test_a_solution_answers_the_same_when_it_is_read_again(calibration: Any, bas
     torch.testing.assert_close(again.scores(base, ROWS), solution.scores(base, ROWS))
     resumed = ICL(k=1, sets=3, calibration=calibration).solve(made, Stages(tmp_path / "stages"))
     assert torch.equal(resumed.scores(base, ROWS), solution.scores(base, ROWS))
+
+
+def test_a_calibration_by_other_texts_is_not_taken(tmp_path: Path) -> None:
+    base, stages = held(gpt2(len(WORDS)), whole_words(["<s>", "$A"]), tmp_path), Stages(tmp_path / "stages")
+    made = problem(base)
+    ICL(k=1, calibration="batch").solve(made, stages)
+    shown = dataclasses.replace(TRAIN, rows=[{"text": "e"} for _ in TRAIN.rows])
+    for changed in ({"unlabelled": [{"text": "b"}] * len(ROWS)}, {"train": shown}):
+        with pytest.raises(CheckpointError, match="made with another texts"):
+            ICL(k=1, calibration="batch").solve(dataclasses.replace(made, **changed), stages)
 
 
 def test_several_sets_are_averaged(base: Base, tmp_path: Path) -> None:
@@ -147,8 +157,9 @@ def test_what_cannot_be_is_said_before_anything_is_read(base: Base) -> None:
             ICL(**fields)  # type: ignore[arg-type]
     ICL().check(problem(base))
     if form_of(base) == "masked-lm":
-        with pytest.raises(ConfigError, match="models that write"):
-            ICL(direction="pmi").check(problem(base))
+        for system in (ICL(direction="pmi"), ICL(length_norm=0.0)):
+            with pytest.raises(ConfigError, match="models that write"):
+                system.check(problem(base))
 
 
 def test_prompt_trains_every_form_of_model(base: Base, tmp_path: Path) -> None:

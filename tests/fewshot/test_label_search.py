@@ -165,6 +165,8 @@ def test_from_a_models_logits_to_words(tokenizer: PreTrainedTokenizerFast) -> No
 def test_what_cannot_be_searched_is_an_error() -> None:
     with pytest.raises(DataError, match="'d' has no example"):
         search_labels(random_scores(), Y, WORDS, labels=(*NAMES, "d"))
+    with pytest.raises(DataError, match="a row has the label 'c'"):
+        search_labels(random_scores(), Y, WORDS, labels=("a", "b"))
     with pytest.raises(ConfigError, match="3 labels need a word each, and there are 2"):
         search_labels(random_scores(), Y, {5: "five", 6: "six"})
     with pytest.raises(ConfigError, match="at least 1"):

@@ -88,6 +88,25 @@ def test_without_demonstrations_and_development_rows_it_is_plain_prompting(probl
     assert torch.equal(solution.scores(bare.base, DEV.rows), plain.scores(bare.base, DEV.rows))
 
 
+def test_soft_slots_are_trained_and_chosen_by_the_development_rows(problem: Problem, tmp_path: Path) -> None:
+    soft = dataclasses.replace(problem, templates=(Template("{text} {soft:2} It was {mask}."),))
+    solution = LMBFF(**QUICK).solve(soft, Stages(tmp_path))
+    assert solution.scores(soft.base, DEV.rows).isfinite().all()
+    with pytest.raises(ConfigError, match="soft slots: write words in their place"):
+        LMBFF(search="labels").check(soft)
+
+
+def test_a_long_row_is_still_shown_its_demonstrations(problem: Problem) -> None:
+    system = LMBFF(**QUICK)
+    (prompt,) = system.prompts(Tuning(problem, Stages("unused")))
+    scorer = system.scorer(problem, prompt)
+    shown = [(row, label) for row, label in zip(TRAIN.rows[2:4], TRAIN.labels[2:4], strict=True)]
+    short, long = scorer.encode([{"text": "a film"}, {"text": "a film " * 200}], [shown, shown])
+    assert (short.demonstrations, short.cut) == (2, 0)
+    assert long.demonstrations == 2
+    assert len(long) == 2 * problem.max_length
+
+
 def test_the_step_that_is_kept_is_the_best(problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The saved adapter has the best quality that was measured while it was trained."""
     from inlay.fewshot.learning import tuning

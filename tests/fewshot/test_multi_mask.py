@@ -256,5 +256,7 @@ def test_what_cannot_be_asked_is_an_error(tokenizer: PreTrainedTokenizerFast) ->
         scorer(tokenizer, source="{text} {mask*2}")
     with pytest.raises(ConfigError, match="did you mean 'max_first'"):
         scorer(tokenizer, decode="max-first")
+    with pytest.raises(ConfigError, match="restrict=True is for masks read in one pass"):
+        scorer(tokenizer, restrict=True)
     with pytest.raises(ConfigError, match="does not know the word"):
         scorer(tokenizer, {"a": "好", "b": "good"})

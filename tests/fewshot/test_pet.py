@@ -12,6 +12,7 @@ from fewshot.pattern_problem import PATTERNS, files, rows, small_problem, solved
 from inlay.errors import ConfigError
 from inlay.fewshot.base import Base
 from inlay.fewshot.learning.annotation import soft_labels
+from inlay.fewshot.learning.fitting import Recipe
 from inlay.fewshot.learning.objectives import CrossEntropy
 from inlay.fewshot.learning.pattern_ensemble import PatternEnsemble
 from inlay.fewshot.predictor import Predictor, Solution
@@ -92,6 +93,27 @@ def test_the_ensemble_is_the_weighted_mean_whatever_the_order_of_the_patterns(ba
     assert all(not torch.equal(alone[0], own) for own in alone[1:])
 
 
+def test_the_order_of_the_verbalizer_is_not_that_of_the_labels(base: Base, tmp_path: Path) -> None:
+    """Scores, weights and targets follow the problem's labels, however the words are listed."""
+    words = {"neg": "bad", "pos": "good"}
+    one, other = (
+        small_problem(
+            base, train=rows(5), verbalizer=Verbalizer(dict(items)), templates=(Template(PATTERNS[0]),),
+            recipe=Recipe(steps=1, batch_size=2),
+        )
+        for items in (words.items(), reversed(words.items()))
+    )  # fmt: skip
+    found = [
+        solved(PET(distil=False, repetitions=1, auxiliary=0), problem, tmp_path / name)
+        for problem, name in ((one, "one"), (other, "other"))
+    ]
+    assert found[0].labels == found[1].labels == ("neg", "pos")
+    assert found[0].weights == found[1].weights
+    assert torch.equal(*(solution.scores(base, one.unlabelled[:5]) for solution in found))
+    with pytest.raises(ConfigError, match="the label 'pos' has no word"):
+        small_problem(base, verbalizer=Verbalizer({"neg": "bad", "positive": "good"}))
+
+
 def test_what_the_classifier_is_taught(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, seen = small_problem(base), []
     made = type(problem).trained
@@ -123,6 +145,15 @@ def test_labels_of_several_tokens_are_learned_with_their_scorers_own_objective(b
     assert patterns.objective(patterns.scorers[0]) == patterns.scorers[0].objective() != CrossEntropy()
     solution = solved(PET(repetitions=1, distil=False, ratio=1), problem, tmp_path)
     assert torch.isfinite(solution.scores(base, problem.unlabelled[:3])).all()
+
+
+def test_patterns_with_soft_slots_are_weighed_trained_and_distilled(base: Base, tmp_path: Path) -> None:
+    templates = (Template("{text} {soft:2} {mask}"), Template("{text} {soft:film} {mask}"))
+    problem = small_problem(base, templates=templates)
+    solution = solved(PET(repetitions=1, ratio=1, final={"steps": 2}), problem, tmp_path)
+    members = {"pattern-0-repetition-0", "pattern-1-repetition-0"}
+    assert {"weights", *members, "classifier"} <= set(Stages(tmp_path).notes())  # the weights of zero_shot_train
+    assert torch.isfinite(solution.scores(base, problem.train.rows)).all()
 
 
 def test_soft_slots_are_asked_as_they_start(base: Base, tmp_path: Path) -> None:

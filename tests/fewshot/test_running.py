@@ -225,6 +225,41 @@ def test_bad_input_is_one_error_and_leaves_nothing(
     assert not (data / "out").exists()
 
 
+def test_a_run_that_cannot_start_leaves_nothing_and_takes_nothing_away(
+    make: Callable[..., FewShotRun], data: Path
+) -> None:
+    run = make(seeds=[1], recipe={"steps": 1}, baseline=False)
+    before = fewshot(run).mean
+    with pytest.raises(ConfigError, match=r"has no \{mask\}"):
+        fewshot(dataclasses.replace(run, templates=("{text} is fine",)), overwrite=True)
+    assert evaluate(run.out) == before  # what was to be replaced is still there
+    too_few = make(method="ipet", shots=0, unlabelled=str(data / "unlabelled.jsonl"), out=str(data / "ipet"))
+    with pytest.raises(ConfigError, match=r"need 5000 .* there are 12: .*--set unlabelled_rows=5000"):
+        fewshot(too_few)  # which shows when its rows are there
+    assert not (data / "ipet").exists()
+
+
+def test_what_was_finished_before_an_error_stays(
+    make: Callable[..., FewShotRun], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from inlay.fewshot.predictor import Solution
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise DataError("no")
+
+    monkeypatch.setattr(Solution, "scores", fail)
+    with pytest.raises(DataError):
+        fewshot(make(seeds=[1], recipe={"steps": 1}))
+    assert list((data / "out").rglob("adapter_model.safetensors"))
+
+
+def test_the_column_of_labels_is_asked_for_by_its_flag(make: Callable[..., FewShotRun], data: Path) -> None:
+    rows = "".join(json.dumps({"text": row["text"], "code": row["label"]}) + "\n" for row in ROWS)
+    (data / "codes.jsonl").write_text(rows, encoding="utf-8")
+    with pytest.raises(DataError, match=r"which column is the label\? It has: text, code. Say it with --label COLUMN"):
+        fewshot(make(train=str(data / "codes.jsonl")))
+
+
 def grouped(data: Path) -> dict[str, Any]:
     """Settings of a run whose rows belong to articles, the test rows' first two to the training rows' as well."""
     for name, start in (("train", 0), ("test", 100), ("unlabelled", 4)):
@@ -354,13 +389,30 @@ def test_the_command_runs_predicts_and_explains(
         "--shots", "2", "--seeds", "2", "--steps", "2", "--max-length", "32", "--out", out,
     ]  # fmt: skip
     assert app.run(arguments, debug=True) == 0
-    assert "accuracy" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed
+    assert f"next         inlay predict {out} --data FILE" in printed
     assert app.run(["explain", out, "the film was great"], debug=True) == 0
     assert "[MASK]" in capsys.readouterr().out
     assert app.run(["predict", out, "--data", str(data / "unlabelled.jsonl")], debug=True) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(ROWS)
-    assert app.run(["evaluate", out, "--json"], debug=True) == 0
-    assert "accuracy" in json.loads(capsys.readouterr().out)
+    figures = []
+    for more in ([], ["--seed", "21"], ["--data", str(data), "--split", "train"]):
+        assert app.run(["evaluate", out, "--json", *more], debug=True) == 0
+        figures.append(json.loads(capsys.readouterr().out))
+    record = json.loads((Path(out) / "record.json").read_text(encoding="utf-8"))
+    assert figures[:2] == [one["test"] for one in record["seeds"]]
+    assert "accuracy" in figures[2]
+    wrong = {
+        "--seed 5": "it has 13, 21",
+        "--split validation": "no validation rows",
+        "--adapters a=b": "--adapters is for runs of `inlay train`",
+        "--task-id a": "--task-id is for runs of `inlay train`",
+    }
+    for flags, says in wrong.items():
+        assert app.run(["evaluate", out, *flags.split()], debug=False) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
     assert app.run([*arguments[:-1], str(data / "cli"), "--resume"], debug=True) == 0
     assert app.run([*arguments[:-1], out], debug=False) == 2
     assert "--resume" in capsys.readouterr().err

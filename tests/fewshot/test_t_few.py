@@ -127,6 +127,10 @@ def test_templates_are_drawn_for_each_example_by_the_generator_alone() -> None:
     )  # fmt: skip
     with pytest.raises(ConfigError, match="at least one"):
         DrawnScorer.of([])
+    with pytest.raises(ConfigError, match=r"several length_norm: 1\.0, 0\.5"):
+        DrawnScorer.of(
+            [scorer(), ChoiceScorer.from_dict({**scorer().to_dict(), "length_norm": 0.5}, scorer().tokenizer)]
+        )
 
 
 def _folder(folder: Path, build: Callable[[int], Any]) -> Base:

@@ -92,6 +92,8 @@ def test_the_text_before_the_mask_stands_on_a_letter_for_a_column() -> None:
         ("{text} {mask*0}", "at least one mask"),
         ("{text} {soft:}", "say how many"),
         ("{text} {soft:0}", "say how many"),
+        ("{text} {soft:00}", "say how many"),
+        ("{text} {mask*00}", "at least one mask"),
         ("{text} {mask|lower}", "filters are for columns"),
         ("{text|lowr} {mask}", "did you mean 'lower'"),
         ("{text:cutt} {mask}", "which is neither"),
@@ -115,3 +117,8 @@ def test_columns_that_the_rows_lack_are_named() -> None:
         Template("{sentense} {mask}").check(SimpleNamespace(column_names=["sentence", "label"]))
     with pytest.raises(DataError, match="no such column"):
         Template("{text} {mask}").render({"label": "x"})
+
+
+def test_a_slot_named_by_a_sign_that_is_no_number_starts_as_it() -> None:
+    (part,) = Template("{text} {soft:²}").soft
+    assert (part.text, part.count) == ("²", None)

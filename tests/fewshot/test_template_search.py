@@ -12,7 +12,7 @@ import torch
 from fewshot.seq2seq_toys import Planted, t5_tokenizer
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from inlay.errors import ConfigError
+from inlay.errors import ConfigError, DataError
 from inlay.fewshot.prompts.template import Template
 from inlay.fewshot.searches.template_search import Blanks, Filler, Form, forms_for, search_templates, sentinels
 
@@ -154,5 +154,7 @@ def test_what_cannot_be_searched_is_an_error(tokenizer: PreTrainedTokenizerFast)
         Filler(Planted(9), tokenizer)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="either logprob_sum or logit_mean"):
         Filler(Planted(9), t5_tokenizer(), combine="mean")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="give at least one"):
+        search_templates(Planted(9), t5_tokenizer(), [], [], forms_for(["a"]))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="there are 3: say which forms"):
         forms_for(["a", "b", "c"])

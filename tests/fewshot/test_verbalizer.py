@@ -9,7 +9,7 @@ import torch
 from fewshot import toys
 from transformers import PreTrainedTokenizerFast
 
-from inlay.errors import ConfigError
+from inlay.errors import ConfigError, DataError
 from inlay.fewshot.prompts.template import Template
 from inlay.fewshot.prompts.verbalizer import Verbalizer, word_tokens
 from inlay.fewshot.scorers.mask import MaskScorer
@@ -72,6 +72,24 @@ def test_words_of_two_labels_must_differ(tokenizer: PreTrainedTokenizerFast) -> 
     lower.backend_tokenizer.normalizer = type(lower.backend_tokenizer.normalizer)(lowercase=True)
     with pytest.raises(ConfigError, match="are the same tokens"):
         Verbalizer({"a": "Good", "b": "good"}).tokens(lower, Template("{text} {mask}"))
+
+
+def test_words_of_one_label_that_are_the_same_tokens_count_once() -> None:
+    lower = toys.wordpiece()
+    lower.backend_tokenizer.normalizer = type(lower.backend_tokenizer.normalizer)(lowercase=True)
+    words = {"neg": ["bad", "Bad", "awful"], "pos": "good"}
+    assert only(Verbalizer(words), lower, "{text} {mask}") == {"neg": [["bad"], ["awful"]], "pos": [["good"]]}
+    logits = torch.randn(len(lower), generator=torch.Generator().manual_seed(0))
+    scorer = MaskScorer(tokenizer=lower, template=Template("{text} {mask}"), verbalizer=Verbalizer(words))
+    bad, awful = (logits[lower.convert_tokens_to_ids(word)] for word in ("bad", "awful"))
+    found = scorer.scores(toys.everywhere(logits), [{"text": "a"}])[0, 0]
+    torch.testing.assert_close(found, (bad + awful) / 2)
+
+
+def test_a_demonstration_of_a_label_without_words() -> None:
+    assert Verbalizer({"a": ["one", "two"]}).spoken("a") == "one"
+    with pytest.raises(DataError, match=r"the label 'b'.*; the labels are: a"):
+        Verbalizer({"a": "one"}).spoken("b")
 
 
 def test_unknown_words_are_an_error(any_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -203,6 +203,8 @@ def test_what_cannot_be_searched_is_an_error(bert: BertForMaskedLM, tokenizer: P
         search_words(drawn(2, 2), ["a", "a"], ["x", "y"])
     with pytest.raises(DataError, match="no word is left for the label"):
         search_words(drawn(3, 2), ["a", "b", "c"], ["x", "y"])
+    with pytest.raises(ConfigError, match="the soft slots of"):
+        find_words(Base("nowhere"), [Template("{text} {soft:2} {mask}")], [], [], [])
     with pytest.raises(ConfigError, match="llr and ce"):
         search_words(drawn(2, 2), ["a", "b"], ["x", "y"], measure="lr")  # type: ignore[arg-type]
     two = MaskScorer(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+import inlay
 from inlay.kernels.compressed import adapted, grouped, mean_direction
 
 
@@ -32,3 +34,16 @@ def test_a_feature_a_group_is_exact_and_a_zero_mean_has_a_direction() -> None:
     e = mean_direction(x, 4)
     torch.testing.assert_close((grouped(x, 4) @ e)[..., None] * e, grouped(x, 4))
     torch.testing.assert_close(mean_direction(torch.zeros(5, 8), 2), torch.full((4,), 0.5))
+
+
+def test_a_batch_without_a_row_decides_on_no_direction() -> None:
+    """As an expert of a mixture has it that no token was sent to."""
+    linear = inlay.attach(
+        nn.Sequential(nn.Linear(8, 4)), inlay.VeLoRA(r=2, num_groups=2, projection="batch_average_once", targets="0")
+    )
+    e = dict(linear.named_buffers())["0.inlays.default.velora.lora_velora_embed"]
+    linear(torch.zeros(0, 8)).sum().backward()
+    assert not e.any()
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    linear(x).sum().backward()
+    torch.testing.assert_close(e, mean_direction(x, 2))

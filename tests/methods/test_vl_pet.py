@@ -143,10 +143,24 @@ def test_heads_of_the_down_projection_are_one_linear() -> None:
     torch.testing.assert_close(torch.cat([F.linear(x, *head) for head in heads], -1), whole(x))
 
 
+def test_a_place_that_is_called_by_keyword_and_one_that_is_called_alone() -> None:
+    x = torch.randn(1, 3, 32)
+    model = randomise(inlay.attach(build("bart"), VLPET(**SMALL, targets="re:encoder.*fc1$")))
+    first = model.encoder.layers[0].fc1
+    assert torch.equal(first(input=x), first(x))
+    model = inlay.attach(build("bart"), VLPET(**SMALL))
+    second = model.encoder.layers[0].fc2
+    with pytest.raises(UnsupportedError, match=r"cannot sit at encoder.*fc1: .* 32 features go in and 48 come out"):
+        inlay.attach(build("bart"), VLPET(**SMALL, variant="middleX", targets="re:encoder.*fc1$"))
+    with pytest.raises(UnsupportedError, match="second projection was called without its first"):
+        second(torch.randn(1, 3, second.in_features))
+
+
 def test_what_cannot_be_is_refused_before_anything_is_changed() -> None:
     for fields, words in (
         ({"variant": "medium"}, "choose one of large, middleX, middleY, small"),
         ({"r": 0}, r"VLPET\(r=0\)"),
+        ({"scale": "a"}, r"VLPET\(scale='a'\)"),
         ({"init": "zero"}, "choose one of zero_up, authors"),
         ({"exclude": "0"}, "exclude with targets only"),
         ({"overrides": {"0": {"r": 2}}}, "no overrides"),

@@ -238,3 +238,10 @@ def test_an_adapter_with_other_groups_is_not_swapped_in(tmp_path: Path) -> None:
 def test_what_it_cannot_do(make: Callable[[], Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         make()
+
+
+def test_a_batch_without_a_row() -> None:
+    """As an expert of a mixture has it that no token was sent to."""
+    model, _ = attached(group_size=4)
+    assert model.first(torch.zeros(0, 12)).shape == (0, 8)
+    assert model.first(torch.zeros(2, 0, 12)).shape == (2, 0, 8)

@@ -21,6 +21,7 @@ class Sized(CheckedMethod):
     scale: float = 1.0
     rate: float = 0.0
     share: float = 0.5
+    loss_weight: float = 0.0
     init: str = "zeros"
     compat: str | None = None
 
@@ -30,6 +31,7 @@ class Sized(CheckedMethod):
         self.check_number("scale")
         self.check_rate("rate")
         self.check_positive("share")
+        self.check_at_least_zero("loss_weight")
         self.check_choice("init", ("zeros", "ones"))
         self.check_choice("compat", (None, "authors"))
 
@@ -58,6 +60,8 @@ def test_what_fits(fields: dict[str, Any]) -> None:
         ({"first": -1}, "first=-1): a whole number of at least 0 is needed"),
         ({"scale": 0}, "scale=0): a number other than 0 is needed"),
         ({"scale": float("nan")}, "scale=nan): a number other than 0"),
+        ({"loss_weight": -0.1}, "loss_weight=-0.1): a number of at least 0 is needed"),
+        ({"loss_weight": "a"}, "loss_weight='a'): a number of at least 0"),
         ({"rate": 1.0}, "rate=1.0): a probability in [0, 1) is needed"),
         ({"rate": "half"}, "rate='half'): a probability"),
         ({"share": 0}, "share=0): a positive number is needed"),

@@ -94,6 +94,13 @@ def test_another_rate_is_the_same_tone() -> None:
     assert resampled(slow, 8000, 8000).tolist() == slow.astype(np.float32).tolist()
 
 
+def test_the_highest_tone_of_the_slower_rate_keeps_its_loudness() -> None:
+    highest = np.tile([1.0, -1.0], 8)  # half its rate, which stands once in a spectrum
+    twice = resampled(highest, 8000, 16000)
+    assert np.allclose(twice, np.tile([1.0, 0.0, -1.0, 0.0], 8), atol=1e-6)
+    assert np.allclose(resampled(twice, 16000, 8000), highest, atol=1e-6)
+
+
 def test_files_bytes_and_samples_are_the_same_sound(wav2vec: Path, tones: Path) -> None:
     splits = read_splits(tones)
     task = make_task("audio-classification").resolve(splits)
@@ -142,8 +149,9 @@ def test_what_is_refused(write: Callable[..., Path], tones: Path, bert: Path, tm
         task.load_tokenizer(bert)
     with pytest.raises(ConfigError, match=r"set task\.max_seconds"):
         make_task("audio-classification", max_length=64).resolve(read_splits(tones))
-    with pytest.raises(ConfigError, match="max_seconds must be more than 0"):
-        make_task("audio-classification", max_seconds=0)
+    for seconds in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="max_seconds must be more than 0"):
+            make_task("audio-classification", max_seconds=seconds)
 
 
 def test_a_model_of_spectrograms_and_one_of_another_size(tones: Path, tmp_path: Path) -> None:

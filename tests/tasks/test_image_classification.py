@@ -154,6 +154,22 @@ def test_colours_sizes_and_cameras(vit: Path, tmp_path: Path) -> None:
     assert not torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
 
 
+def test_images_of_16_bits_keep_their_greys(vit: Path, tmp_path: Path) -> None:
+    """Pillow's own conversion makes everything above 255 of 65,535 white."""
+    greys = np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE) * (65535 // (SIDE * SIDE - 1))
+    Pillow.fromarray(greys).save(tmp_path / "deep.png")
+    Pillow.fromarray((greys / 257).round().astype(np.uint8)).save(tmp_path / "flat.png")
+    task = make_task("image-classification", columns={"image": "f", "label": "y"}, labels=["0", "1"],
+                     problem_type="single_label_classification")  # fmt: skip
+    processor, model = task.load_tokenizer(vit), task.load_model(vit)
+    rows = Dataset.from_dict({"f": [str(tmp_path / f"{name}.png") for name in ("deep", "flat")]})
+    batch = task.collator(processor, model)(task.features(rows, processor, train=False).to_list())
+    assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
+    Pillow.fromarray(greys.astype(np.float32)).save(tmp_path / "real.tiff")
+    with pytest.raises(DataError, match=r"row 0: .*real\.tiff is an image of real numbers"):
+        task.features(Dataset.from_dict({"f": [str(tmp_path / "real.tiff")]}), processor, train=False)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 

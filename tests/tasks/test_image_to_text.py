@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from safetensors.torch import load_file
 from tasks.conftest import byte_tokenizer, saved
@@ -21,7 +22,7 @@ from inlay.errors import ConfigError, DataError, TrainingError
 from inlay.tasks.data import read_splits
 from inlay.tasks.loading import quiet
 from inlay.tasks.task import Task, make_task
-from inlay.tasks.visual import WithVisual
+from inlay.tasks.visual import WithVisual, reading_images
 from inlay.train import Run, evaluate, merge, predict, train
 from inlay.train.callbacks import read_curve
 
@@ -101,6 +102,26 @@ def test_features_come_first_and_are_what_inputs_embeds_would_be(
     assert [row["generation"] for row in task.predict(model, tokenizer, splits["train"])] == texts
     assert set(task.predict(model, tokenizer, ids)[0]) == {"row", "source", "generation"}
     assert task.predict(model, tokenizer, splits["train"])[1]["features"] == "1.npy"
+
+
+@pytest.mark.parametrize("name", ["Bart", "Marian", "Pegasus", "Mvp", "BlenderbotSmall"])
+def test_the_text_is_read_as_its_ids_are_where_the_encoder_scales_only_these(name: str) -> None:
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=40, pad_token_id=0,
+        eos_token_id=1, bos_token_id=2, decoder_start_token_id=0, forced_eos_token_id=1, scale_embedding=True,
+        init_std=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        base = type(transformers.AutoModelForSeq2SeqLM.from_config(config))
+    model, ids = reading_images(base)(config, visual_size=SIZE).eval(), torch.arange(5, 15)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, decoder_input_ids=ids[:, :3]).logits
+        found = model(input_ids=ids, decoder_input_ids=ids[:, :3], visual=torch.zeros(1, 0, SIZE)).logits
+        assert torch.equal(found, expected)
+        encoded = model.get_encoder()(ids)
+        assert model.generate(encoder_outputs=encoded, visual=torch.zeros(1, 1, SIZE), max_new_tokens=2).shape[0] == 1
 
 
 def test_answers_do_not_depend_on_the_batch(seen: Path, bart: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from tasks.trimmed_hosts import CORPUS, ENGLISH, HAUSA, HOSTS, OTHERS, SWAHILI, made
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import inlay
 from inlay.errors import AdapterError, ConfigError, DataError, UnsupportedError
@@ -183,6 +184,39 @@ def test_a_trimmed_model_takes_an_adapter_and_trains(trimmed: dict[str, Trimmed]
     ids = torch.tensor([trimmed["bert"].tokenizer(HAUSA[0])["input_ids"]])
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_tokens_that_generation_is_told_of_move_with_the_rest(hosts: dict[str, tuple[Any, Any]]) -> None:
+    model, tokenizer = copy.deepcopy(hosts["bart"][0]), hosts["bart"][1]
+    often = tokenizer("gida", add_special_tokens=False)["input_ids"]
+    usual = inlay.trim_vocabulary(copy.deepcopy(model), tokenizer, HAUSA).kept
+    rare, gone = sorted({*range(len(tokenizer))} - {*usual})[-2:]
+    told = model.generation_config
+    told.forced_decoder_ids = [[1, rare], [2, None]]
+    told.force_words_ids = [often, [rare]]
+    told.sequence_bias = [[often, 0.5], [[gone], 2.0]]
+    small = inlay.trim_vocabulary(model, tokenizer, HAUSA)
+    assert rare in small.kept
+    assert gone not in small.kept
+    assert told.forced_decoder_ids == [[1, small.kept.index(rare)], [2, None]]
+    assert told.force_words_ids == [small.renumber(often), [small.kept.index(rare)]]
+    assert told.sequence_bias == [[small.renumber(often), 0.5]]
+
+
+def test_tokens_put_around_a_text_are_kept_whatever_the_tokenizer_calls_them() -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "fill", "ina", "kwana", "start", "yau", "end"]
+    made = Tokenizer(models.WordLevel({word: row for row, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    around = processors.TemplateProcessing(single="start $A end", special_tokens=[("start", 7), ("end", 9)])
+    made.post_processor = around
+    made.enable_padding(pad_id=4, pad_token="fill")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
+    config = BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    small = inlay.trim_vocabulary(BertForMaskedLM(config), tokenizer, ["ina yau"])
+    assert {4, 7, 9} <= set(small.kept)
+    assert 6 not in small.kept
+    ids = small.tokenizer("ina yau")["input_ids"]
+    assert small.tokenizer.convert_ids_to_tokens(ids) == ["start", "ina", "yau", "end"]
 
 
 def test_bad_input_changes_nothing(hosts: dict[str, tuple[Any, Any]]) -> None:

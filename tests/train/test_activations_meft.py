@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from train.interrupted import assert_resumed_is_the_same
 from train.test_activations import MODELS, alive_after, gradients
 from train.test_cache import collate, features
-from train.test_resume import curve, press_ctrl_c_at, same_adapters
 
 import inlay
 from inlay.errors import ConfigError
 from inlay.pieces.reversible.reconstruction import kept
-from inlay.train import Interrupted, Run, train
+from inlay.train import Run, train
 from inlay.train.activations import MECHANISMS, ActivationBudget, StackUnit, measured, plan, units_of
 
 USABLE = [MECHANISMS["recompute"], MECHANISMS["invert"]]
@@ -93,10 +93,4 @@ def test_a_resumed_run_with_a_budget_is_the_same_run(
     settings = {"activation_budget": "40kB"}
     unbroken, broken = (make_run(out, settings, method=method) for out in ("unbroken", "broken"))
     train(unbroken, progress=False)
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at(patch, 7)
-        with pytest.raises(Interrupted):
-            train(broken, progress=False)
-    train(broken, resume=True, progress=False)
-    assert curve(broken) == curve(unbroken)
-    assert same_adapters(broken, unbroken)
+    assert_resumed_is_the_same(broken, unbroken, 7, monkeypatch)

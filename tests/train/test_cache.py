@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from train.test_resume import curve, press_ctrl_c_at, same_adapters
+from train.interrupted import curve, same_adapters, train_until
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
@@ -33,7 +33,7 @@ from transformers.models.bert import modeling_bert
 import inlay
 from inlay.errors import ConfigError
 from inlay.tasks.batches import Padder
-from inlay.train import Interrupted, Run, train
+from inlay.train import Run, train
 from inlay.train.cache import FrozenCache
 from inlay.train.callbacks import Curve
 from inlay.train.frozen import NotFixed, NothingFrozen, frozen_part
@@ -337,10 +337,7 @@ def test_a_resumed_run_equals_the_unbroken_one(
     settings = {"cache_frozen": place, "frozen_dropout": False}
     unbroken, broken = (make_run(name, settings, method="head") for name in ("unbroken", "broken"))
     whole = train(unbroken, progress=False)
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at(patch, at)
-        with pytest.raises(Interrupted):
-            train(broken, progress=False)
+    train_until(broken, at, monkeypatch)
     kept = Path(broken.out) / "checkpoints" / "frozen-states"
     assert kept.exists() == (place == "disk")
     resumed = train(broken, resume=True)

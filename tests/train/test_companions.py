@@ -13,11 +13,11 @@ from engine import tiny
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
-from train.test_resume import curve, press_ctrl_c_at, same_adapters
+from train.interrupted import assert_resumed_is_the_same, curve
 
 import inlay
 from inlay.errors import ConfigError, TrainingError, UnsupportedError
-from inlay.train import Interrupted, Run, train
+from inlay.train import Run, train
 from inlay.train import optimisation as settings
 from inlay.train.companions.riemannian import precondition
 from inlay.train.trainer import Trainer
@@ -274,14 +274,7 @@ def test_a_resumed_run_equals_the_unbroken_one(
     made = made_optimizers(monkeypatch)
     unbroken, broken = (make_run(name, {"max_steps": 8, **given}, method=method) for name in ("unbroken", "broken"))
     train(unbroken, progress=False)
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at(patch, 5)
-        with pytest.raises(Interrupted):
-            train(broken, progress=False)
-    torch.manual_seed(99)
-    train(broken, resume=True, progress=False)
-    assert curve(broken) == curve(unbroken)
-    assert same_adapters(broken, unbroken)
+    assert_resumed_is_the_same(broken, unbroken, 5, monkeypatch)
     grown = "ranks" in (Path(broken.out) / "README.md").read_text()
     assert grown == (method is GROWING)
     assert not grown or "12 in all" in (Path(broken.out) / "README.md").read_text()  # the card is of the end

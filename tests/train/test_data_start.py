@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from train.test_resume import press_ctrl_c_at, same_adapters
+from train.interrupted import same_adapters, train_until
 
 from inlay import LoRA
-from inlay.train import Interrupted, Run, train
+from inlay.train import Run, train
 from inlay.train.prepare import prepare, training_batches
 
 METHOD = {"kind": "lora", "r": 2, "targets": "query,ffn.down", "init": {"kind": "eva", "rho": 2, "batches": 2}}
@@ -33,10 +33,7 @@ def test_a_resumed_run_does_not_look_again(make_run: Callable[..., Run], monkeyp
     settings = {"max_steps": 4, "eval_strategy": "no", "save_strategy": "no"}
     whole, broken = (make_run(name, method=METHOD, train=settings) for name in ("whole", "broken"))
     train(whole, progress=False)
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at(patch, 2)
-        with pytest.raises(Interrupted):
-            train(broken, progress=False)
+    train_until(broken, 2, monkeypatch)
 
     def never(*_: object) -> None:
         raise AssertionError("the start is in the checkpoint")

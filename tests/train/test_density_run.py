@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from train.test_resume import curve, press_ctrl_c_at, same_adapters
+from train.interrupted import assert_resumed_is_the_same, curve
 
-from inlay.train import Interrupted, Run, train
+from inlay.train import Run, train
 
 
 def test_a_resumed_run_with_the_density_loss_is_the_same_run(
@@ -23,14 +22,7 @@ def test_a_resumed_run_with_the_density_loss_is_the_same_run(
         train(run, progress=False)
     first, with_term = (next(line["loss"] for line in curve(run) if "loss" in line) for run in (plain, unbroken))
     assert 0.5 < with_term - first <= 1  # a GELU is dense at the start
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at(patch, 7)
-        with pytest.raises(Interrupted):
-            train(broken, progress=False)
-    torch.manual_seed(99)
-    train(broken, resume=True, progress=False)
-    assert curve(broken) == curve(unbroken)
-    assert same_adapters(broken, unbroken)
+    assert_resumed_is_the_same(broken, unbroken, 7, monkeypatch)
     tensors = load_file(Path(unbroken.out) / "adapter" / "adapter_model.safetensors")
     gates = [tensor for key, tensor in tensors.items() if key.endswith(".gate")]
     assert len(gates) == 2

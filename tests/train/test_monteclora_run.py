@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
-from train.test_resume import curve, press_ctrl_c_at, same_adapters
+from train.interrupted import assert_resumed_is_the_same, curve
 
-from inlay.train import Interrupted, Run, train
+from inlay.train import Run, train
 
 
 def test_a_resumed_run_draws_the_same_noise(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,11 +19,4 @@ def test_a_resumed_run_draws_the_same_noise(make_run: Callable[..., Run], monkey
         train(run, progress=False)
     first, with_term = (next(line["loss"] for line in curve(run) if "loss" in line) for run in (plain, unbroken))
     assert 1 / 4 < with_term - first < 1.01  # Σ w² of four shares, and divergences at 1e-5
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at(patch, 2)
-        with pytest.raises(Interrupted):
-            train(broken, progress=False)
-    torch.manual_seed(99)
-    train(broken, resume=True, progress=False)
-    assert curve(broken) == curve(unbroken)
-    assert same_adapters(broken, unbroken)
+    assert_resumed_is_the_same(broken, unbroken, 2, monkeypatch)

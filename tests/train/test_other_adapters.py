@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from train.test_resume import curve, press_ctrl_c_at
+from train.interrupted import curve, train_until
 
 import inlay
 from inlay.combining.composition import AdapterDrop, Average, Fuse, Split, Stack
 from inlay.combining.trees import composed, plain
 from inlay.engine.adapters import adapters_of
 from inlay.errors import BaseModelError, CheckpointError, ConfigError, InlayError, UnsupportedError
-from inlay.train import Interrupted, Run, check, evaluate, merge, predict, show, train
+from inlay.train import Run, check, evaluate, merge, predict, show, train
 from inlay.train.use import open_run
 
 BRIEF = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 0.01}
@@ -120,9 +120,7 @@ def test_a_run_that_stopped_goes_on_over_what_it_kept(
     fields = {"train": settings, "method": "scalearn", "adapters": moved}
     whole, halves = make_run("whole", **fields), make_run("halves", **fields)
     train(whole, progress=False)
-    with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        press_ctrl_c_at(patched, 4)
-        train(halves, progress=False)
+    train_until(halves, 4, monkeypatch)
     for folder in moved.values():
         shutil.rmtree(folder)
     train(halves, resume=True, progress=False)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from train.test_resume import press_ctrl_c_at, same_adapters
+from train.interrupted import same_adapters, train_until
 
 import inlay
 from inlay.errors import ConfigError
 from inlay.pieces.subsets.subset import Subset
-from inlay.train import Interrupted, Run, check, train
+from inlay.train import Run, check, train
 from inlay.train.prepare import prepare, training_batches
 
 SPARSE = {"kind": "sparse", "budget": 40, "batches": 2}
@@ -70,10 +70,7 @@ def test_a_resumed_run_goes_on_with_the_entries_that_were_chosen(
     settings = {"max_steps": 6, "eval_strategy": "no", "save_strategy": "no"}
     whole, broken = (make_run(name, method=SPARSE, train=settings) for name in ("whole", "broken"))
     train(whole, progress=False)
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at(patch, 3)
-        with pytest.raises(Interrupted):
-            train(broken, progress=False)
+    train_until(broken, 3, monkeypatch)
 
     def never(*_: object) -> None:
         raise AssertionError("the entries are in the checkpoint")

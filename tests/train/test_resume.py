@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,37 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from train.interrupted import curve, same_adapters, train_until
 
 from inlay.engine.controller import Controller
 from inlay.errors import ConfigError, DataError, TrainingError
 from inlay.tasks.text_classification import TextClassification
-from inlay.train import Interrupted, Run, train
+from inlay.train import Run, train
 from inlay.train import trainer as trainer_module
-from inlay.train.callbacks import Curve, read_curve
 from inlay.train.checkpoints import checkpoints, step_of
-
-
-def curve(run: Run) -> list[dict[str, Any]]:
-    return read_curve(Path(run.out) / "metrics.jsonl")
-
-
-def same_adapters(first: Run, second: Run) -> bool:
-    a, b = (load_file(Path(run.out) / "adapter" / "adapter_model.safetensors") for run in (first, second))
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def press_ctrl_c_at(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    original = Curve.on_step_end
-
-    def on_step_end(
-        self: Curve, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
-    ) -> None:
-        original(self, args, state, control, **around)
-        if state.global_step == at:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Curve, "on_step_end", on_step_end)
 
 
 def let_collators_draw(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,12 +62,8 @@ def test_a_resumed_run_equals_the_unbroken_one(
     unbroken = make_run("unbroken", train_settings, task=task)
     broken = make_run("broken", train_settings, task=task)
     whole = train(unbroken, progress=False)
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at(patch, at)
-        with pytest.raises(
-            Interrupted, match=rf"stopped at step {at} of 15, with a checkpoint; go on with: inlay train --resume"
-        ):
-            train(broken, progress=False)
+    said = rf"stopped at step {at} of 15, with a checkpoint; go on with: inlay train --resume"
+    train_until(broken, at, monkeypatch, match=said)
     assert [step_of(path) for path in checkpoints(Path(broken.out) / "checkpoints")] == [at]
     torch.manual_seed(99)  # a fresh process would not have these states either
     resumed = train(broken, resume=True, progress=False)
@@ -193,10 +165,7 @@ def test_controllers_are_called_saved_and_restored(
     for step, (without, with_term) in enumerate(losses):
         assert with_term == pytest.approx(without + step, abs=1e-5)
     recorder = Recorder()
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at(patch, 7)
-        with pytest.raises(Interrupted):
-            train(broken, progress=False)
+    train_until(broken, 7, monkeypatch)
     recorder = Recorder()
     train(broken, resume=True, progress=False)
     assert recorder.calls == ["prepare 15", "load"] + ["before", "after"] * 8
@@ -205,10 +174,7 @@ def test_controllers_are_called_saved_and_restored(
 
 def test_resuming_another_run_is_refused(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at(patch, 2)
-        with pytest.raises(Interrupted):
-            train(run, progress=False)
+    train_until(run, 2, monkeypatch)
     with pytest.raises(ConfigError, match=r"where method\.r is 2, not 4"):
         train(make_run(method={"kind": "lora", "r": 4}), resume=True)
     with pytest.raises(ConfigError, match=r"where train\.learning_rate is 0\.01, not 0\.5"):

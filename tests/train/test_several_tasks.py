@@ -11,13 +11,16 @@ import pytest
 import torch
 from datasets import Dataset
 from docs.conftest import tiny_decoder
-from train.test_resume import curve, press_ctrl_c_at
+from train.interrupted import curve, train_until
 
 import inlay
 from inlay.errors import ConfigError, DataError
 from inlay.tasks.data import read_rows
+from inlay.tasks.task import make_task
 from inlay.tasks.task_ids import SOURCE, all_of, ids_of, task_names
-from inlay.train import Interrupted, Run, evaluate, predict, train
+from inlay.train import Run, evaluate, predict, train
+from inlay.train.prepare import splits_of
+from inlay.train.several import hidden, task_column, told
 from inlay.train.use import open_run
 
 __all__ = ["tiny_decoder"]
@@ -115,11 +118,20 @@ def test_a_resumed_run_is_the_same_run(
     settings = {**BRIEF, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}
     whole, halves = (make_run(out, train=settings, method=METHODS[0], data=mixture["named"]) for out in ("one", "two"))
     train(whole, progress=False)
-    with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        press_ctrl_c_at(patched, 4)
-        train(halves, progress=False)
+    train_until(halves, 4, monkeypatch)
     train(halves, resume=True, progress=False)
     assert curve(whole) == curve(halves)
+
+
+def test_a_number_of_tasks_that_is_left_open_is_that_of_the_rows(
+    make_run: Callable[..., Run], mixture: dict[str, Any]
+) -> None:
+    method = {"kind": "poly", "n_tasks": None}
+    run = make_run(train=BRIEF, method=method, data=mixture["column"], task_id_column="lang")
+    splits = splits_of(run)
+    task = make_task("text-classification").resolve(hidden(splits, "lang"))
+    found, _ = told(run, task, splits, task_column(run))
+    assert found.method[0]["n_tasks"] == 2
 
 
 def test_generation_and_texts_in_pieces(

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from train.test_resume import curve, press_ctrl_c_at, same_adapters
+from train.interrupted import assert_resumed_is_the_same, same_adapters
 
 from inlay.errors import ConfigError
 from inlay.pieces.prompts.saved import saved_prompt
-from inlay.train import Interrupted, Run, train
+from inlay.train import Run, train
 from inlay.train.transfer import transfer, transfer_runs
 
 PROMPT = {"kind": "prompt_tuning", "num_virtual_tokens": 3}
@@ -34,13 +34,7 @@ def test_a_foundation_prompt_is_carried_to_a_task_and_the_run_resumes(
     assert not same_adapters(plain, run)
 
     broken = student.replace(out=str(Path(run.out).with_name("broken")))
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at(patch, 3)
-        with pytest.raises(Interrupted):
-            train(broken, progress=False)
-    train(broken, resume=True, progress=False)
-    assert curve(broken) == curve(run)
-    assert same_adapters(broken, run)
+    assert_resumed_is_the_same(broken, run, 3, monkeypatch)
 
 
 def test_what_cannot_be_carried(make_run: Callable[..., Run]) -> None:

@@ -70,6 +70,8 @@ def fewshot(
     from inlay.fewshot import fewshot
 
     typer.echo(str(fewshot(run, resume=resume, overwrite=overwrite, progress=True)))
+    typer.echo(f"folder       {Path(run.out).resolve()}")
+    typer.echo(f"next         inlay predict {run.out} --data FILE --out predictions.jsonl")
 
 
 def explain(

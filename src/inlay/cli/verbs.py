@@ -37,6 +37,10 @@ MethodKind = Annotated[
 Out = Annotated[str | None, typer.Option(help="The folder to leave everything in (default runs/TASK-METHOD).")]
 Seed = Annotated[int | None, typer.Option(help="Of initialisation, order and dropout (default 0).")]
 Load = Annotated[str | None, typer.Option(help="How the base is held: auto (default), 4bit (QLoRA), 8bit.")]
+Layers = Annotated[
+    str | None,
+    typer.Option(metavar="RANGES", help="A deeper base of its own layers: [[0, 4], [2, 6]], each [first, last + 1]."),
+]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens kept of each text.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows at a time.")]
@@ -59,6 +63,7 @@ TaskIdColumn = Annotated[
 TaskId = Annotated[str | None, typer.Option(metavar="NAME", help="The task of all rows, for methods of several tasks.")]
 Rows = Annotated[str | None, typer.Option("--data", help="The rows: a file, a folder or a hub id.")]
 Split = Annotated[str | None, typer.Option(help="Which split, where --data has several.")]
+WhichSeed = Annotated[int | None, typer.Option("--seed", help="Which seed of a few-shot run (default: its first).")]
 
 
 def quickstart(
@@ -85,6 +90,7 @@ def train(
     seed: Seed = None,
     max_length: MaxLength = None,
     load: Load = None,
+    layer_replication: Layers = None,
     adapters: Others = None,
     compose: Compose = None,
     task_id_column: TaskIdColumn = None,
@@ -95,7 +101,7 @@ def train(
     """Train an adapter, from a YAML file or from flags; leaves a folder that describes itself."""
     if resume and config is None and model is None and out is not None:
         config = Path(out) / "run.yaml"
-    sizes = (seed, max_length, load, adapters, compose, task_id_column)
+    sizes = (seed, max_length, load, layer_replication, adapters, compose, task_id_column)
     run = _run(config, model, task, data, training, validation, test, columns, method, out, *sizes, changes)
     from inlay.train import train
 
@@ -119,13 +125,14 @@ def check(
     seed: Seed = None,
     max_length: MaxLength = None,
     load: Load = None,
+    layer_replication: Layers = None,
     adapters: Others = None,
     compose: Compose = None,
     task_id_column: TaskIdColumn = None,
     changes: Set = None,
 ) -> None:
     """Resolve a run, read its first rows, list the matched modules and the trainable share; run nothing."""
-    sizes = (seed, max_length, load, adapters, compose, task_id_column)
+    sizes = (seed, max_length, load, layer_replication, adapters, compose, task_id_column)
     run = _run(config, model, task, data, training, validation, test, columns, method, out, *sizes, changes)
     from inlay.cli.printing import print_check
     from inlay.train import check
@@ -142,19 +149,41 @@ def evaluate(
     compose: Compose = None,
     task_id: TaskId = None,
     task_id_column: TaskIdColumn = None,
+    seed: WhichSeed = None,
     as_json: Json = False,
 ) -> None:
     """Measure a run's adapter on a file (default: the run's own test rows)."""
     if is_few_shot(folder):
         from inlay.fewshot.saved import evaluate as evaluate_few_shot
 
-        _print_figures(evaluate_few_shot(folder, data, batch_size=batch_size), as_json)
+        _for_few_shot(folder, adapters=adapters, compose=compose, task_id=task_id, task_id_column=task_id_column)
+        _print_figures(evaluate_few_shot(folder, data, split=split, seed=seed, batch_size=batch_size), as_json)
         return
     from inlay.train import evaluate
 
+    _no_seed(folder, seed)
     more = {**_others(adapters, compose), "task_id": task_id, "task_id_column": task_id_column}
     figures = evaluate(folder, data, split=split, batch_size=batch_size, progress=not as_json, **more)
     _print_figures(figures, as_json)
+
+
+def _for_few_shot(folder: Path, **others: Any) -> None:
+    """Raise ConfigError for options that runs of `inlay train` alone have."""
+    from inlay.errors import ConfigError
+
+    for name, value in others.items():
+        if value is not None and value != []:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{folder} is a few-shot run, and {flag} is for runs of `inlay train`: leave it out")
+
+
+def _no_seed(folder: Path, seed: int | None) -> None:
+    from inlay.errors import ConfigError
+
+    if seed is not None:
+        raise ConfigError(
+            f"--seed {seed} chooses among the seeds of a few-shot run, and {folder} is none: leave it out"
+        )
 
 
 def _print_figures(figures: Mapping[str, float], as_json: bool) -> None:
@@ -177,16 +206,19 @@ def predict(
     compose: Compose = None,
     task_id: TaskId = None,
     task_id_column: TaskIdColumn = None,
+    seed: WhichSeed = None,
 ) -> None:
     """Predict for each row of a file."""
     if is_few_shot(folder):
         from inlay.fewshot.saved import predict as predict_few_shot
 
-        found = predict_few_shot(folder, data, out=out, batch_size=batch_size)
+        _for_few_shot(folder, adapters=adapters, compose=compose, task_id=task_id, task_id_column=task_id_column)
+        found = predict_few_shot(folder, data, out=out, split=split, seed=seed, batch_size=batch_size)
         _print_predictions(found, out)
         return
     from inlay.train import predict
 
+    _no_seed(folder, seed)
     more = {**_others(adapters, compose), "task_id": task_id, "task_id_column": task_id_column}
     found = predict(folder, data, out, split=split, batch_size=batch_size, progress=out is not None, **more)
     _print_predictions(found, out)
@@ -308,12 +340,14 @@ def _run(
     seed: int | None,
     max_length: int | None,
     load: str | None,
+    layer_replication: str | None,
     adapters: list[str] | None,
     compose: str | None,
     task_id_column: str | None,
     changes: list[str] | None,
 ) -> Run:
     from inlay.train.run import Run
+    from inlay.train.settings import yaml_value
 
     named = {"path": data, "train": training, "validation": validation, "test": test}
     flags: dict[str, Any] = {
@@ -326,6 +360,7 @@ def _run(
         "seed": seed,
         "max_length": max_length,
         "load": load,
+        "layer_replication": None if layer_replication is None else yaml_value(layer_replication),
         "task_id_column": task_id_column,
         **_others(adapters, compose),
     }

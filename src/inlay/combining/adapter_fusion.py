@@ -90,8 +90,7 @@ class AdapterFusion(OverAdapters):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.regularisation < 0:
-            raise ConfigError(f"AdapterFusion(regularisation={self.regularisation!r}): at least 0 is needed")
+        self.check_at_least_zero("regularisation")
         if self.compat not in (None, "authors"):
             raise ConfigError(f"AdapterFusion(compat={self.compat!r}): leave it out, or say 'authors'")
 

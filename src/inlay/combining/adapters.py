@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from inlay.combining.composition import is_number
 from inlay.combining.low_rank import Change, added, factored
 from inlay.combining.rules import RULES, SIGNS, rule
 from inlay.engine.adapters import Adapter, adapters_of, attach, base_model, check_name
@@ -55,7 +56,7 @@ def combine(
     """
     adapters = adapters_of(model)
     check_name(name, adapters)
-    _check(weights, how, rank, density, sign)
+    _check(weights, how, rank, density, sign, seed)
     chosen = {adapters.get(one).name: float(weight) for one, weight in weights.items()}
     found = {one: changes(adapters.loaded[one]) for one in chosen}
     rules = rule(how, density, sign, torch.Generator().manual_seed(seed))
@@ -72,9 +73,9 @@ def combine(
         _load(model, name, made, [adapters.loaded[one] for one in chosen])
         copies = {one: _copies(adapters.loaded[one]) for one in chosen}
         for site, piece in _copies(adapters.loaded[name]).values():
-            base = site.weight.detach().float()
+            base = wide(site.weight.detach())
             own = [(copies[one][site.name][1], weight) for one, weight in chosen.items() if site.name in copies[one]]
-            moved = [copy.weight(base).float() - base for copy, _ in own]
+            moved = [wide(copy.weight(base)) - base for copy, _ in own]
             piece.get_parameter("value").copy_(base + rules(moved, [weight for _, weight in own]))
     return model
 
@@ -90,14 +91,19 @@ def to_lora(model: nn.Module, adapter: str = "default", name: str = "lora", *, r
     return combine(model, {adapter: 1.0}, "linear", name, rank=rank)
 
 
-def _check(weights: Mapping[str, float], how: str, rank: Rank, density: float, sign: str) -> None:
+def _check(weights: Mapping[str, float], how: str, rank: Rank, density: float, sign: str, seed: int) -> None:
     if not weights:
         raise ConfigError("combine was given no adapters: pass names with weights, as in {'law': 0.5, 'poems': 0.5}")
     for word, value, choices in (("how", how, RULES), ("sign", sign, SIGNS)):
         if value not in choices:
             hint = did_you_mean(str(value), choices)
             raise ConfigError(f"combine({word}={value!r}): choose one of {', '.join(choices)}{hint}")
-    if not 0 < density <= 1:
+    for name, weight in weights.items():
+        if not is_number(weight):
+            raise ConfigError(f"combine({{{name!r}: {weight!r}}}): a weight is a finite number, as in 0.5")
+    if not isinstance(seed, int):
+        raise ConfigError(f"combine(seed={seed!r}): a whole number is needed")
+    if not is_number(density) or not 0 < density <= 1:
         raise ConfigError(f"combine(density={density!r}): a share in (0, 1] is needed")
     whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
     if rank is not None and not whole and not (isinstance(rank, float) and 0 < rank < 1):
@@ -131,15 +137,20 @@ def change_of(adapter: Adapter, site: Site, piece: Piece) -> Change:
     found = piece.factors()
     if found is not None:
         a, b, scale = found
-        return Change(a.flatten(1).float(), scale * b.flatten(1).float())
+        return Change(wide(a.flatten(1)), scale * wide(b.flatten(1)))
     inlays = inlays_of(site.module)
     bias = None if inlays is None or site.parameter is not None else inlays.bias_value()
     moved = piece.bias(bias)
     if (moved is None) != (bias is None) or (moved is not None and bias is not None and not torch.equal(moved, bias)):
         raise _refusal(adapter, site, piece, "changes the bias too")
-    base = (weight.T if site.transposed else weight).float()
-    matrix = piece.weight(base).float() - base
+    base = wide(weight.T if site.transposed else weight)
+    matrix = wide(piece.weight(base)) - base
     return Change(matrix=matrix.T if site.kind == "embedding" else matrix.flatten(1))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _refusal(adapter: Adapter, site: Site, piece: Piece, why: str) -> UnsupportedError:
@@ -179,4 +190,3 @@ def _load(model: nn.Module, name: str, made: Mapping[str, tuple[Tensor, Tensor]]
             piece.lora_B.copy_(b.view(piece.lora_B.shape))
     for parameter in adapters.loaded[name].parameters():
         parameter.requires_grad_(False)
-

@@ -116,10 +116,10 @@ class Arrow(OverAdapters):
         if self.overrides:
             raise ConfigError("Arrow has no overrides: attach one Arrow for all places")
         count = len(self.adapters)
-        if self.top_k is not None and (not isinstance(self.top_k, int) or not 1 <= self.top_k <= count):
+        self.check_whole("top_k")
+        if self.top_k is not None and self.top_k > count:
             raise ConfigError(f"Arrow(top_k={self.top_k!r}): a whole number from 1 to {count}, its adapters, is needed")
-        if not isinstance(self.temperature, int | float) or not self.temperature > 0:
-            raise ConfigError(f"Arrow(temperature={self.temperature!r}): a number above 0 is needed")
+        self.check_positive("temperature")
         if self.compat not in (None, "authors") or (self.compat and not self.general):
             raise ConfigError(f"Arrow(compat={self.compat!r}): leave it out, or say 'authors' where `general` is given")
 

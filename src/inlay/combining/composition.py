@@ -17,7 +17,9 @@ stands outermost or in a Stack. The names and meanings are AdapterHub's (Pfeiffe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+import numbers
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from inlay.engine.composition import Bound, Composition, names_in
@@ -70,6 +72,11 @@ class _Several(Composition):
             if _repeats(part):
                 raise ConfigError(f"{self!r}: Parallel repeats the whole batch, so it stands outermost or in a Stack")
         return tuple(bound(part, adapters) for part in self.parts)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, of Python's or of numpy's."""
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _repeats(part: Part) -> bool:
@@ -149,8 +156,10 @@ class Average(_Several):
 
     def __init__(self, *parts: Part, weights: Sequence[float] | None = None) -> None:
         super().__init__(*parts)
-        given = None if weights is None else tuple(float(weight) for weight in self.sized("weights", weights))
-        object.__setattr__(self, "weights", given)
+        given = None if weights is None else self.sized("weights", weights)
+        if given is not None and not all(is_number(weight) for weight in given):
+            raise ConfigError(f"Average(weights={weights!r}): numbers are needed, one a part")
+        object.__setattr__(self, "weights", None if given is None else tuple(map(float, given)))
 
     def bind(self, adapters: Adapters) -> Parts:
         """Its branches, with their weights."""
@@ -196,7 +205,7 @@ class AdapterDrop(Composition):
     first: int | tuple[int, int]
 
     def __post_init__(self) -> None:
-        pair = (self.first, self.first) if isinstance(self.first, int) else tuple(self.first)
+        pair = tuple(self.first) if isinstance(self.first, Iterable) else (self.first, self.first)
         if len(pair) != 2 or any(not isinstance(n, int) or n < 0 for n in pair) or pair[0] > pair[1]:
             raise ConfigError(f"AdapterDrop(first={self.first!r}): a number of blocks, or a pair (least, most)")
         if not isinstance(self.part, str | Composition):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from inlay.combining.inner import Known, around
 from inlay.engine.adapters import Adapter, Placed, find_adapters
 from inlay.engine.host import inlays_of
-from inlay.engine.piece import Method, Piece
+from inlay.engine.piece import Piece
 from inlay.engine.sites import Site, SiteIndex
 from inlay.engine.sub_layers import SubLayers
 from inlay.engine.trained_copy import ModulesToSave
 from inlay.errors import AdapterError, CheckpointError, ConfigError, UnsupportedError, did_you_mean
 from inlay.pieces.bottlenecks.bottleneck import AfterPiece, BesidePiece, TwicePiece, first_of
+from inlay.pieces.checks import CheckedMethod
+from inlay.pieces.lora.piece import LoRAPiece
 
 
 class OverPiece(Piece):
@@ -55,6 +57,9 @@ class OverPiece(Piece):
                 after = isinstance(pieces[0], AfterPiece)
                 found: Tensor = pieces[0].bottleneck(h if after else x)
                 return found
+            if len(pieces) == 1 and type(pieces[0]) is LoRAPiece:  # in half precision a difference would be roundings
+                own: LoRAPiece = pieces[0]
+                return own.scale * own.change(inner.module, x)
             alone = around(Known(inner, args, lambda: output), (name,))(*args, **kwargs)
             difference: Tensor = (alone[0] if isinstance(alone, tuple) else alone) - h
             return difference
@@ -77,7 +82,7 @@ class OverPiece(Piece):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OverAdapters(Method):
+class OverAdapters(CheckedMethod):
     """Base of the methods over other adapters: it sits wherever they sit."""
 
     hosts = frozenset({"linear", "norm", "embedding", "attention", "module"})
@@ -88,7 +93,8 @@ class OverAdapters(Method):
 
     def __post_init__(self) -> None:
         what = type(self).__name__
-        if isinstance(self.adapters, str) or not self.adapters:
+        named = isinstance(self.adapters, Iterable) and all(isinstance(name, str) for name in self.adapters)
+        if isinstance(self.adapters, str) or not self.adapters or not named:
             raise ConfigError(f"{what}(adapters={self.adapters!r}): name loaded adapters, as in ('law', 'poems')")
         if len(set(self.adapters)) != len(self.adapters):
             raise ConfigError(f"{what}(adapters={self.adapters!r}): an adapter is named twice")

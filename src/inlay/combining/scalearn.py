@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from inlay.combining.over_adapters import OverAdapters, OverPiece
 from inlay.engine.piece import Piece, trainable_dtype
 from inlay.engine.sites import Site
-from inlay.errors import ConfigError, UnsupportedError
+from inlay.errors import UnsupportedError
 
 
 class ScalePiece(OverPiece):
@@ -67,8 +67,7 @@ class ScaLearn(OverAdapters):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ConfigError(f"ScaLearn(dropout={self.dropout!r}): a probability in [0, 1) is needed")
+        self.check_rate("dropout")
 
     def over(self, site: Site, width: int) -> OverPiece:
         """Scales for one place."""

@@ -193,16 +193,13 @@ class XLoRA(OverAdapters):
         super().__post_init__()
         if self.overrides:
             raise ConfigError("XLoRA has no overrides: its fields are of one classifier for all places")
-        for name, least in (("depth", 1), ("size", 1), ("top_k", 1)):
-            value = getattr(self, name)
-            if (value is not None or name != "top_k") and (not isinstance(value, int) or value < least):
-                raise ConfigError(f"XLoRA({name}={value!r}): a whole number of at least {least} is needed")
+        self.check_whole("depth", "size", "top_k")
         if self.top_k is not None and self.top_k > len(self.adapters):
             raise ConfigError(f"XLoRA(top_k={self.top_k}): it has {len(self.adapters)} adapters to choose from")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"XLoRA(dropout={self.dropout!r}): a probability in [0, 1) is needed")
-        if not self.temperature > 0:
-            raise ConfigError(f"XLoRA(temperature={self.temperature!r}): a number above 0 is needed")
+        self.check_rate("dropout")
+        self.check_positive("temperature")
+        self.check_number("scale")
+        self.check_at_least_zero("scaling_pass_value")
 
     def sites(self, index: SiteIndex) -> list[Site]:
         """The model, which the classifier sits on, and the places of the adapters."""

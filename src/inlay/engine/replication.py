@@ -14,11 +14,11 @@ import contextlib
 import copy
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from inlay.engine.files import CONFIG, read_config
 from inlay.engine.host import hosts
@@ -114,6 +114,13 @@ def restore_if_loaded(model: nn.Module) -> None:
     done = model.__dict__.get(LAYERS)
     if done is not None and done.by_load:
         restore_layers(model)
+
+
+def unshared(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of the model in which blocks share no tensors, as a plain deeper model has them."""
+    done = model.__dict__.get(LAYERS)
+    inside = f"{done.path}." if done is not None else None
+    return {name: t.clone() if inside and name.startswith(inside) else t for name, t in tensors.items()}
 
 
 def settle(model: nn.Module) -> None:

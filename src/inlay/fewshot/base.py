@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class Base:
                     **options,
                 )  # fmt: skip
             check_fit(made, self.tokenizer, 1)
+            self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, _places(made))
             chosen = "cuda" if torch.cuda.is_available() else "cpu"
             placed: Any = made.to(chosen if self.device == "auto" else self.device)  # type: ignore[arg-type]
             self._models[key] = placed.eval()
@@ -123,6 +125,16 @@ class Base:
             yield model
         finally:
             detach(model)
+
+
+def _places(model: PreTrainedModel) -> float:
+    """How many tokens the model has places for: some tokenizers do not say, and a text would run over the end."""
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return math.inf
+    tables = (getattr(module, "position_embeddings", None) for module in model.modules())
+    unused = [place for table in tables if isinstance(place := getattr(table, "padding_idx", None), int)]
+    return limit - max(unused) - 1 if unused else limit  # RoBERTa counts from behind its padding's place
 
 
 def _draw(model: PreTrainedModel, path: str) -> None:

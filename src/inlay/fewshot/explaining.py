@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from inlay.fewshot.base import Base
+from inlay.fewshot.methods.restricted_head import restricted_to
 from inlay.fewshot.predictor import Predictor, Solution
 from inlay.fewshot.prompts.template import Row
 from inlay.fewshot.scorers.mask import MaskScorer
@@ -26,7 +27,8 @@ class Explanation:
     scores: Mapping[str, float]
     """The probability of each label."""
     words: Sequence[Sequence[tuple[str, float]]] = ()
-    """For each mask the likeliest words of the whole vocabulary, with their probabilities."""
+    """For each mask the likeliest words, with their probabilities: of the whole vocabulary, or, where the adapter has a
+    restricted head, of its words."""
 
     def __str__(self) -> str:
         lines = [self.prompt, "  " + ", ".join(f"{label} {score:.3f}" for label, score in self.scores.items())]
@@ -47,16 +49,16 @@ def _asked(base: Base, predictor: Predictor, rows: Sequence[Row], top: int) -> l
     words: list[list[list[tuple[str, float]]]] = [[] for _ in rows]
     if isinstance(scorer, MaskScorer):
         with base.holding(scorer.auto, predictor.adapter, len(scorer.labels)) as model, evaluating(model):
-            device = next(model.parameters()).device
+            device, tokens = next(model.parameters()).device, restricted_to(model)
             for index, row in enumerate(encoded):
                 logits = scorer.mask_logits(model, on(device, scorer.collate([row])))[0].float()
                 best = logits.softmax(-1).topk(min(top, logits.shape[-1]))
                 words[index] = [
                     [
-                        (str(scorer.tokenizer.decode([token])).strip(), score)
-                        for token, score in zip(ids, scores, strict=True)
+                        (str(scorer.tokenizer.decode([column if tokens is None else tokens[column]])).strip(), score)
+                        for column, score in zip(columns, scores, strict=True)
                     ]
-                    for ids, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                    for columns, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
                 ]
     return [
         Explanation(

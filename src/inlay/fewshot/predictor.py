@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from inlay.errors import CheckpointError, ConfigError
 from inlay.fewshot.base import Base
@@ -24,6 +25,18 @@ from inlay.fewshot.scorers.scorer import Demonstration, Scorer
 Shown = Sequence[Sequence[Demonstration]]
 
 
+def sets_of(demonstrations: Shown | Demonstrations, base: Base, rows: Sequence[Row]) -> Sequence[Shown]:
+    """For each set the demonstrations of each row; one set of none where nothing is shown."""
+    if isinstance(demonstrations, Demonstrations):
+        return demonstrations.shown(base, rows)
+    return [[shown] * len(rows) for shown in demonstrations or [()]]
+
+
+def mean_scores(scorer: Scorer, model: PreTrainedModel, rows: Sequence[Row], sets: Sequence[Shown]) -> Tensor:
+    """The mean over `sets_of` demonstrations of what the model says as it stands, (rows, labels)."""
+    return torch.stack([scorer.scores(model, rows, demonstrations=shown) for shown in sets]).mean(0)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Predictor:
     """One way of asking: a scorer, the adapter that the model holds meanwhile, and what it is shown."""
@@ -31,7 +44,7 @@ class Predictor:
     scorer: Scorer
     adapter: Path | None = None
     """The folder of a saved adapter; None: the base as it is."""
-    demonstrations: Sequence[Sequence[Demonstration]] | Demonstrations = ()
+    demonstrations: Shown | Demonstrations = ()
     """Sets of demonstrations: the model is asked with each, and the scores are averaged. None: it is shown nothing.
     `Demonstrations`: what draws sets for each row, where they depend on it."""
     offset: tuple[float, ...] | None = None
@@ -55,11 +68,9 @@ class Predictor:
         with base.holding(self.scorer.auto, self.adapter, len(self.scorer.labels)) as model:
             return [self.scorer.scores(model, rows, demonstrations=shown, batch_size=batch_size) for shown in sets]
 
-    def shown(self, base: Base, rows: Sequence[Row]) -> Sequence[Sequence[Sequence[Demonstration]]]:
+    def shown(self, base: Base, rows: Sequence[Row]) -> Sequence[Shown]:
         """For each set the demonstrations of each row; one set of none where nothing is shown."""
-        if isinstance(self.demonstrations, Demonstrations):
-            return self.demonstrations.shown(base, rows)
-        return [[shown] * len(rows) for shown in self.demonstrations or [()]]
+        return sets_of(self.demonstrations, base, rows)
 
     def to_dict(self, folder: Path) -> dict[str, Any]:
         """As JSON can hold it; the adapter by its path in `folder`. Raises CheckpointError when it lies elsewhere."""

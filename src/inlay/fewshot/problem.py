@@ -48,7 +48,10 @@ class Labelled:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A few labelled rows, perhaps many unlabelled ones, a base model, and how to ask it."""
+    """A few labelled rows, perhaps many unlabelled ones, a base model, and how to ask it.
+
+    Raises ConfigError for a verbalizer that has not the labels, in whatever order.
+    """
 
     base: Base
     labels: tuple[str, ...]
@@ -65,6 +68,10 @@ class Problem:
     unlabelled: Sequence[Row] = ()
     seed: int = 0
     max_length: int = 128
+
+    def __post_init__(self) -> None:
+        # Scores come in the verbalizer's order and targets in the labels': one order for both.
+        object.__setattr__(self, "verbalizer", self.verbalizer.for_labels(self.labels))
 
     def need_unlabelled(self, who: str) -> Sequence[Row]:
         """The unlabelled rows. Raises ConfigError where there are none."""

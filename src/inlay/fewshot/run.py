@@ -121,7 +121,10 @@ class FewShotRun:
                     f"{', '.join(names)}"
                 )
         if not settings.get("train"):
-            raise ConfigError(f"{where} names no labelled rows: add `train:` to the file, or --train FILE")
+            raise ConfigError(
+                f"{where} names no labelled rows: add `train:` to the file, or --train FILE (with shots: 0 its "
+                "labels are only named, not learned from)"
+            )
         return cls(**{key: value for key, value in settings.items() if value is not None})
 
     @classmethod

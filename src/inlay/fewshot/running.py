@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from datasets import Dataset
 
 from inlay.engine.registry import make_method
-from inlay.errors import ConfigError, DataError, TrainingError
+from inlay.errors import ConfigError, DataError, InlayError, TrainingError
 from inlay.fewshot.agreement import agreement_of_run
 from inlay.fewshot.base import Base
 from inlay.fewshot.baseline import NAME, in_context
@@ -30,7 +31,7 @@ from inlay.fewshot.prompts.template import Template
 from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.report import Report, SeedResult
 from inlay.fewshot.run import RUN_FILE, FewShotRun
-from inlay.fewshot.saved import SOLUTION_FILE, seed_folder
+from inlay.fewshot.saved import SOLUTION_FILE, no_label, seed_folder
 from inlay.fewshot.splits import Split, few_shot_split
 from inlay.fewshot.stages import Stages
 from inlay.fewshot.systems import system_class
@@ -111,22 +112,26 @@ def fewshot(
     shown = Progress()
     say = say or (shown.say if progress else lambda line: None)
     out = Path(run.out)
-    _make_room(run, out, resume, overwrite)
+    _check_room(run, out, resume, overwrite)
     ready = prepare(run)
     splits = {seed: _split(ready, seed) for seed in run.seeds}
+    if overwrite and not resume and out.is_dir():
+        shutil.rmtree(out)  # now that nothing that can be checked keeps the new run from starting
     write_text(out / RUN_FILE, run.to_yaml())
     results = []
-    for number, seed in enumerate(run.seeds):
-        begun, which = time.monotonic(), f"seed {seed} ({number + 1} of {len(run.seeds)})"
-        say(which)
-        stages = Stages(
-            seed_folder(out, seed) / "stages",
-            lambda line: say(f"  {line}"),
-            functools.partial(_watched, shown, which) if progress else unwatched,
-        )
-        results.append(_solved(ready, splits[seed], seed, out, stages))
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in results[-1].test.items())
-        say(f"seed {seed}: {figures or 'no labelled test rows to measure on'}  {duration(time.monotonic() - begun)}")
+    with _nothing_left_of_no_start(out, resume):
+        for number, seed in enumerate(run.seeds):
+            begun, which = time.monotonic(), f"seed {seed} ({number + 1} of {len(run.seeds)})"
+            say(which)
+            stages = Stages(
+                seed_folder(out, seed) / "stages",
+                lambda line: say(f"  {line}"),
+                functools.partial(_watched, shown, which) if progress else unwatched,
+            )
+            results.append(_solved(ready, splits[seed], seed, out, stages))
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in results[-1].test.items())
+            took = duration(time.monotonic() - begun)
+            say(f"seed {seed}: {figures or 'no labelled test rows to measure on'}  {took}")
     report = Report.of(run, ready.labels, results, _agreement(ready, out))
     report.write(out)
     return report
@@ -150,11 +155,7 @@ def prepare(run: FewShotRun) -> Ready:
         raise DataError(f"{run.train} has no rows to train on: give --train FILE")
     label = run.label or named_columns.named(train, named_columns.LABEL)
     if label is None or label not in train.column_names:
-        raise (
-            named_columns.cannot_guess(train, "label")
-            if label is None
-            else DataError(f"{source_name(train)} has no column {label!r}; it has: {', '.join(train.column_names)}")
-        )
+        raise no_label(train, label)
     labels, verbalizer = _labels(run, train, label)
     text = Template(run.text) if run.text is not None else _text(templates, train, label)
     for rows in (train, splits.get("test"), unlabelled):
@@ -177,6 +178,17 @@ def prepare(run: FewShotRun) -> Ready:
         for template in templates:
             template.need_mask()
     return ready
+
+
+@contextlib.contextmanager
+def _nothing_left_of_no_start(out: Path, resume: bool) -> Iterator[None]:
+    """Where rows or settings turn out to fail before a stage is finished, the run never began, and its folder goes."""
+    try:
+        yield
+    except InlayError as error:
+        if not (resume or isinstance(error, TrainingError) or Stages(out).notes()):
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def _agreement(ready: Ready, out: Path) -> Mapping[str, Any] | None:
@@ -327,8 +339,8 @@ def _hidden(row: Mapping[str, Any], label: str) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != label}
 
 
-def _make_room(run: FewShotRun, out: Path, resume: bool, overwrite: bool) -> None:
-    """Raise ConfigError where a new run would mix with something else; take an earlier one away if that is wanted."""
+def _check_room(run: FewShotRun, out: Path, resume: bool, overwrite: bool) -> None:
+    """Raise ConfigError where a new run would mix with something else, or an earlier one that is not to be replaced."""
     there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     if out.is_file():
         raise ConfigError(f"--out {out} is a file; it has to be a folder")
@@ -351,5 +363,3 @@ def _make_room(run: FewShotRun, out: Path, resume: bool, overwrite: bool) -> Non
         raise ConfigError(
             f"{out} already holds a few-shot run: choose another --out, --overwrite to replace it, or --resume to go on"
         )
-    if there:
-        shutil.rmtree(out)

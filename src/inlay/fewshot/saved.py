@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
-from inlay.errors import CheckpointError, ConfigError, DataError
+from inlay.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from inlay.fewshot.base import Base
 from inlay.fewshot.embedded import embedded_model
 from inlay.fewshot.explaining import Explanation, explained
@@ -19,7 +20,7 @@ from inlay.fewshot.prompts.template import Row
 from inlay.fewshot.run import RUN_FILE, FewShotRun, is_few_shot
 from inlay.tasks import columns as named_columns
 from inlay.tasks.class_metrics import single_label_scores
-from inlay.tasks.data import read_splits
+from inlay.tasks.data import read_splits, source_name
 from inlay.tasks.labels import check_known, label_name
 from inlay.train.use import check_writable, write_predictions
 
@@ -70,16 +71,18 @@ def predict(
     data: Any,
     out: str | Path | None = None,
     *,
+    split: str | None = None,
     seed: int | None = None,
     batch_size: int = 64,
 ) -> list[dict[str, Any]]:
     """For each row (of a file, or a list of rows or texts) its label, and the probability of each label.
 
-    Also written to `out` (.jsonl, .json or .csv), if that is given. Raises DataError for the rows.
+    `split` says which, where the data have several. Also written to `out` (.jsonl, .json or .csv), if that is given.
+    Raises DataError for the rows.
     """
     check_writable(out)
     opened = open_few_shot(folder, seed)
-    rows = _rows(opened, data)
+    rows = _rows(opened, data, split)
     probabilities = opened.solution.scores(opened.base, rows, batch_size=batch_size).softmax(-1)
     found = [
         {
@@ -94,18 +97,19 @@ def predict(
 
 
 def evaluate(
-    folder: str | Path, data: Any = None, *, seed: int | None = None, batch_size: int = 64
+    folder: str | Path,
+    data: Any = None,
+    *,
+    split: str | None = None,
+    seed: int | None = None,
+    batch_size: int = 64,
 ) -> dict[str, float]:
-    """The metrics on labelled rows (by default the run's own test rows)."""
+    """The metrics on labelled rows (by default the run's own test rows, or another `split` of its rows)."""
     opened = open_few_shot(folder, seed)
-    source = data if data is not None else opened.run.test
-    if source is None:
-        raise DataError("the run has no test rows of its own: give --data FILE")
-    splits = read_splits(source)
-    rows = next(splits[name] for name in ("test", "train", "validation") if name in splits)
+    rows = _picked(data, split) if data is not None else _own(opened.run, split or "test")
     label = opened.run.label or named_columns.named(rows, named_columns.LABEL)
     if label is None or label not in rows.column_names:
-        raise named_columns.cannot_guess(rows, "label")
+        raise no_label(rows, label)
     check_known([[label_name(value)] for value in rows[label]], opened.labels, rows, "test", from_train=True)
     scores = opened.solution.scores(opened.base, rows.to_list(), batch_size=batch_size)
     true = np.array([opened.labels.index(label_name(value)) for value in rows[label]])
@@ -120,11 +124,40 @@ def explain(
     return explained(opened.base, opened.solution, _rows(opened, data)[:rows], top=top)
 
 
-def _rows(opened: Opened, data: Any) -> Sequence[Row]:
+def no_label(rows: Dataset, label: str | None) -> DataError:
+    """The error for rows whose column of labels is not there, or (None) cannot be told."""
+    if label is None:
+        there = ", ".join(rows.column_names)
+        return DataError(f"{source_name(rows)}: which column is the label? It has: {there}. Say it with --label COLUMN")
+    return DataError(
+        f"{source_name(rows)} has no column {label!r}{did_you_mean(label, rows.column_names)}; it has: "
+        f"{', '.join(rows.column_names)}"
+    )
+
+
+def _picked(source: Any, split: str | None) -> Dataset:
+    """A source's rows: the split that is named, otherwise its test rows, or those that there are."""
+    splits = read_splits(source)
+    chosen = split or next(name for name in ("test", "train", "validation") if name in splits)
+    if chosen not in splits:
+        raise DataError(f"the data have no split {split!r}; they have: {', '.join(splits)}")
+    return splits[chosen]
+
+
+def _own(run: FewShotRun, split: str) -> Dataset:
+    """Rows of the run itself. Raises DataError where there are none."""
+    if split == "test" and run.test is not None:
+        return _picked(run.test, None)
+    splits = read_splits(run.train)
+    if split not in splits:
+        raise DataError(f"the run has no {split} rows of its own: give --data FILE")
+    return splits[split]
+
+
+def _rows(opened: Opened, data: Any, split: str | None = None) -> Sequence[Row]:
     """Rows of a file, of a `datasets` object, or of a list of rows or of texts (where one column is all there is)."""
     if not isinstance(data, list | tuple):
-        splits = read_splits(data)
-        rows: list[Row] = next(splits[name] for name in ("test", "train", "validation") if name in splits).to_list()
+        rows: list[Row] = _picked(data, split).to_list()
         return rows
     columns = opened.solution.columns
     if len(columns) != 1 and any(isinstance(row, str) for row in data):

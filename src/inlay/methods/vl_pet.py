@@ -64,6 +64,7 @@ class VLPET(CheckedMethod):
         self.check_choice("variant", VARIANTS)
         self.check_choice("init", ("zero_up", "authors"))
         self.check_whole("r", "gate_r", "decoder_r")
+        self.check_number("scale")
         if self.exclude is not None and self.targets is None:
             raise ConfigError("VLPET has exclude with targets only: its own places go by layers")
         if self.overrides:
@@ -97,9 +98,7 @@ class VLPET(CheckedMethod):
         reals: dict[str | None, Real] = {}
         if self.variant == "small":
             refuse_causal(sites, layers)
-        for site in sites:
-            if site.kind == "parameter":
-                continue
+        for site in (site for site in sites if site.kind != "parameter"):
             if self.targets is None and "cross" in site.roles:
                 made.append((site, value_adapter(self, site)))
                 continue

@@ -36,6 +36,12 @@ class CheckedMethod(Method):
             if not _finite(value) or value <= 0:
                 raise self.refused(name, "a positive number is needed")
 
+    def check_at_least_zero(self, *names: str) -> None:
+        """Raise ConfigError for a field that is no number of 0 or more."""
+        for name, value in self._given(names):
+            if not _finite(value) or value < 0:
+                raise self.refused(name, "a number of at least 0 is needed")
+
     def check_rate(self, *names: str) -> None:
         """Raise ConfigError for a field that is no probability below 1."""
         for name, value in self._given(names):

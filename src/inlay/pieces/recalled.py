@@ -1,7 +1,7 @@
 """What a call of the model was told, told again when its gradients come.
 
 A block under gradient checkpointing is computed again in the backward pass, and then needs what was said in its own
-call, which may not be the last one: two calls before one `backward`, or an evaluation between a call and its `backward`.
+call, which may not be the last one: there may be two calls before one `backward`, or an evaluation before it.
 """
 
 from __future__ import annotations

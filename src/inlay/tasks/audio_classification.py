@@ -7,6 +7,7 @@ need them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -37,8 +38,8 @@ class AudioClassification(Classification):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.max_seconds > 0:
-            raise ConfigError(f"task {self.kind}: max_seconds must be more than 0, not {self.max_seconds}")
+        if not 0 < self.max_seconds < math.inf:
+            raise ConfigError(f"task {self.kind}: max_seconds must be more than 0 and finite, not {self.max_seconds}")
 
     @override
     def guess(self, rows: Dataset) -> dict[str, str]:

@@ -92,7 +92,8 @@ def _opened(cell: Any, *, whole: bool = True) -> Image:
 
     def reader(stream: BinaryIO) -> Image.Image:
         image = Image.open(stream)
-        return ImageOps.exif_transpose(image) if whole else image
+        _check_depth(image, shown(cell))
+        return _of_8_bits(ImageOps.exif_transpose(image)) if whole else image
 
     try:
         return read(cell, reader)  # type: ignore[no-any-return]
@@ -100,6 +101,22 @@ def _opened(cell: Any, *, whole: bool = True) -> Image:
         raise DataError(f"{shown(cell)} is not an image that Pillow can read") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for damaged files
         raise DataError(f"{shown(cell)} is a damaged image ({error}): fetch or write it again") from error
+
+
+def _check_depth(image: Image, name: str) -> None:
+    """Raise DataError for numbers of which nothing says where black and white lie."""
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # a PNG has 16 bits, whatever its mode
+        what = "real numbers" if image.mode == "F" else "32 bits"
+        raise DataError(f"{name} is an image of {what}, without a black and a white: write it with 8 or 16 bits")
+
+
+def _of_8_bits(image: Image) -> Image:
+    """A grey image of 16 bits with 8; others as they are. (Pillow's `convert` would make all above 255 white.)"""
+    from PIL import Image
+
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
 
 
 def _of_pixels(cell: list[Any]) -> Image:

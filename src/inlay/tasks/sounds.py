@@ -89,6 +89,9 @@ def resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
         return samples.astype(np.float32)
     count = max(1, round(len(samples) * wanted / rate))
     spectrum = np.fft.rfft(samples)[: count // 2 + 1]
+    slower = min(count, len(samples))
+    if slower % 2 == 0:  # its highest tone stands once in its spectrum, and with its mirror image in the other's
+        spectrum[slower // 2] *= 0.5 if count > slower else 2
     return (np.fft.irfft(spectrum, count) * (count / len(samples))).astype(np.float32)
 
 

@@ -81,15 +81,19 @@ def ids_in(configs: Sequence[Any], rows: int) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for config in configs:
         for name, value in vars(config).items():
-            if name.endswith(_ID):
-                ids = {row for row in _flat(value) if 0 <= row < rows}
+            named = _flat(value) if name.endswith(_ID) or name == "force_words_ids" else []
+            if name == "forced_decoder_ids" and value:  # pairs of a position and a token
+                named = _flat([row for _, row in value])
+            if named:
+                ids = {row for row in named if 0 <= row < rows}
                 found.setdefault(name, set()).update(ids)
     return {name: ids for name, ids in found.items() if ids}
 
 
 def _flat(value: Any) -> list[int]:
-    values = value if isinstance(value, list | tuple) else [value]
-    return [entry for entry in values if isinstance(entry, int) and not isinstance(entry, bool)]
+    if isinstance(value, list | tuple):
+        return [row for entry in value for row in _flat(entry)]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else []
 
 
 def counted_from(model: PreTrainedModel) -> int | None:
@@ -141,9 +145,19 @@ def _renumber(config: Any, rows: Mapping[int, int], before: int) -> None:
         elif name == "bad_words_ids" and value:
             setattr(config, name, [[rows[r] for r in word] for word in value if all(r in rows for r in word)] or None)
         elif name == "forced_decoder_ids" and value:
-            setattr(config, name, [[at, row if row is None else rows[row]] for at, row in value])
+            setattr(config, name, [[at, rows.get(row, row)] for at, row in value])
+        elif name == "force_words_ids" and value:
+            setattr(config, name, _moved(value, rows))
+        elif name == "sequence_bias" and value:
+            pairs = [(word, bias) for word, bias in (value.items() if isinstance(value, Mapping) else value)]
+            kept = [[_moved(word, rows), bias] for word, bias in pairs if all(row in rows for row in word)]
+            setattr(config, name, kept or None)
         elif name in _NAMED and value:
             setattr(config, name, {key: rows[row] for key, row in value.items() if row in rows})
+
+
+def _moved(value: Any, rows: Mapping[int, int]) -> Any:
+    return [_moved(entry, rows) for entry in value] if isinstance(value, list | tuple) else rows.get(value, value)
 
 
 def check_ids(named: Mapping[str, set[int]], tokens: set[int]) -> None:

@@ -60,9 +60,11 @@ def added(described: Mapping[str, Any]) -> dict[str, int]:
 
 
 def always_kept(described: Mapping[str, Any]) -> set[int]:
-    """Added tokens, the unknown token, bytes, and what the scores of a Unigram model are measured by."""
+    """Added tokens, those that are put around texts, the unknown token, bytes, and what a Unigram's scores go by."""
     model, known = described["model"], pieces(described)
-    kept = set(added(described).values())
+    kept = set(added(described).values()) | (_processed(described.get("post_processor")) & set(known.values()))
+    if described.get("padding") is not None:
+        kept |= {int(described["padding"]["pad_id"])} & set(known.values())
     if model.get("unk_token") in known:
         kept.add(known[model["unk_token"]])
     if model["type"] == "Unigram":
@@ -171,6 +173,15 @@ def _reprocessed(processor: Any, rows: Mapping[int, int]) -> Any:
             token, row = made[name]
             made[name] = [token, rows[row]]
     return made
+
+
+def _processed(processor: Any) -> set[int]:
+    """The ids that `_reprocessed` moves."""
+    if not isinstance(processor, dict):
+        return set()
+    inside = [row for entry in processor.get("processors", ()) for row in _processed(entry)]
+    templates = [row for entry in processor.get("special_tokens", {}).values() for row in entry["ids"]]
+    return {*inside, *templates, *(processor[name][1] for name in ("sep", "cls") if name in processor)}
 
 
 def rebuilt(tokenizer: PreTrainedTokenizerBase, described: Mapping[str, Any]) -> PreTrainedTokenizerBase:

@@ -24,6 +24,8 @@ from inlay.tasks.media import media, read, shown
 from inlay.tasks.task import Collator
 
 PREFIX = "visual_prefix"
+SCALE_BOTH = ("fsmt",)
+"""Kinds of model whose encoder multiplies embeddings too."""
 NEEDED = "an array of (features, numbers), such as 36 × 512, is needed"
 
 
@@ -44,7 +46,7 @@ def reading_images(base: type) -> type:
             return given
         text = given.get("inputs_embeds")
         if text is None:
-            text = self.get_input_embeddings()(given["input_ids"])
+            text = looked_up(self, given["input_ids"])
         projected = self.visual_prefix(visual.to(self.visual_prefix.weight.dtype)).to(text.dtype)
         return {**given, "input_ids": None, "inputs_embeds": torch.cat((projected, text), dim=1)}
 
@@ -56,7 +58,7 @@ def reading_images(base: type) -> type:
         if visual is None:
             return base.generate(self, inputs, **rest)  # type: ignore[attr-defined]
         given = joined(self, visual, {**rest, **({} if inputs is None else {"input_ids": inputs})})
-        del given["input_ids"]
+        given.pop("input_ids", None)
         return base.generate(self, **given)  # type: ignore[attr-defined]
 
     signature = inspect.signature(base.forward)  # type: ignore[attr-defined]
@@ -66,6 +68,15 @@ def reading_images(base: type) -> type:
     forward.__signature__ = signature.replace(parameters=[*parameters, visual, *others])  # type: ignore[attr-defined]
     own = {"__init__": __init__, "forward": forward, "generate": generate, "__module__": base.__module__}
     return type(base.__name__, (base,), own)
+
+
+def looked_up(model: Any, ids: Tensor) -> Tensor:
+    """The rows of ids as the encoder reads them: some multiply these by √d and embeddings that they are given not."""
+    table = model.get_input_embeddings()
+    own = hasattr(table, "embed_scale") or model.config.model_type in SCALE_BOTH
+    scale = 1.0 if own else float(getattr(model.get_encoder(), "embed_scale", 1.0))
+    rows: Tensor = table(ids)
+    return rows if scale == 1 else rows * scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,5 +152,3 @@ class WithVisual:
         mask = batch["attention_mask"]
         batch["attention_mask"] = torch.cat((mask.new_ones(visual.shape[:2]), mask), dim=1)
         return batch | {"visual": visual.to(self.dtype)}
-
-

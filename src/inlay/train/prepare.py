@@ -17,6 +17,7 @@ from transformers import set_seed
 
 from inlay.engine.batches import Batches, Say
 from inlay.engine.piece import Method
+from inlay.engine.replication import replicate_layers
 from inlay.engine.roles import new_heads
 from inlay.errors import ConfigError, DataError
 from inlay.tasks.data import read_splits
@@ -108,6 +109,12 @@ def task_of(run: Run) -> Any:
     return make_task(run.task["kind"], columns=dict(run.columns), **options)
 
 
+def load_base(task: Any, run: Run, load: str) -> Any:
+    """The run's base model with the layers that it asks for. ConfigError for ranges that the model has not."""
+    model = task.load_model(run.model, **loading(load, run.dtype))
+    return model if run.layer_replication is None else replicate_layers(model, run.layer_replication)
+
+
 def prepare(run: Run, *, show: bool = True, say: Say | None = None) -> Prepared:
     """Read the rows, resolve the task on them, load tokenizer, model and the run's other adapters, and write out every
     default; then show the methods that want to see data some, unless `show` is false (a run that goes on: its adapters
@@ -124,7 +131,7 @@ def prepare(run: Run, *, show: bool = True, say: Say | None = None) -> Prepared:
     methods = run.methods()
     set_seed(run.seed)  # a new head starts from random numbers
     tokenizer = task.load_tokenizer(run.model)
-    model = task.load_model(run.model, **loading(run.load, run.dtype))
+    model = load_base(task, run, run.load)
     with untouched_random_states():
         loaded.load_others(model, others, task)
     loaded.beneath(model, run)

@@ -90,6 +90,8 @@ class Run:
     """Of the base model's weights: auto (as saved), float32, bfloat16, float16."""
     load: str = "auto"
     """How the base is held: auto (as saved), 4bit (NF4, as in QLoRA) or 8bit; then dtype is what it computes in."""
+    layer_replication: Sequence[Sequence[int]] | None = None
+    """Ranges [first, last + 1] of the base's layers that make a deeper base, [[0, 4], [2, 6]]; weights are shared."""
     adapters: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Adapters of other runs by name, {"sst2": "runs/sst2"}: loaded before the method, and frozen."""
     compose: Any = None
@@ -108,6 +110,7 @@ class Run:
             "seed": read.check_type(self.seed, "int", "seed"),
             "max_length": read.check_type(self.max_length, "int | None", "max_length"),
             "modules_to_save": _names(self.modules_to_save, "modules_to_save"),
+            "layer_replication": _ranges(self.layer_replication),
             "task_id_column": None if self.task_id_column is None else _text(self.task_id_column, "task_id_column"),
             "adapters": others.adapters_from(self.adapters),
         }
@@ -192,6 +195,7 @@ class Run:
             "modules_to_save": None if self.modules_to_save is None else list(self.modules_to_save),
             "dtype": self.dtype,
             "load": self.load,
+            "layer_replication": self.layer_replication,
             "task_id_column": self.task_id_column,
             "adapters": dict(self.adapters),
             "compose": self.compose,
@@ -234,6 +238,19 @@ def _names(value: Any, key: str) -> list[str] | None:
     if not isinstance(value, list | tuple):
         raise ConfigError(f"{key} must be a list of names, got {value!r}")
     return [_text(name, key) for name in value]
+
+
+def _ranges(value: Any) -> list[list[int]] | None:
+    """Ranges of layers as lists; how many layers there are is known once the model is."""
+    if value is None:
+        return None
+    pairs = value if isinstance(value, list | tuple) else []
+    lists = [list(pair) if isinstance(pair, list | tuple) else [] for pair in pairs]
+    if not lists or not all(len(pair) == 2 and all(type(n) is int for n in pair) for pair in lists):
+        raise ConfigError(
+            f"layer_replication={value!r}: pairs [first, last + 1] of layers are needed, such as [[0, 4], [2, 6]]"
+        )
+    return lists
 
 
 def _move(settings: dict[str, Any], key: str, section: str, name: str, where: str) -> None:

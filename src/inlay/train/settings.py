@@ -20,6 +20,7 @@ ALIASES = {
     "output_dir": "out",
     "task_name": "task",
     "methods": "method",
+    "replicate_layers": "layer_replication",
     "column_mapping": "columns",
     "max_seq_length": "max_length",
     "training": "train",

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from inlay.engine.adapters import merge as merge_adapters
 from inlay.engine.checkpoint import load
 from inlay.engine.host import CHILD
+from inlay.engine.replication import unshared
 from inlay.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from inlay.tasks.data import read_splits
 from inlay.tasks.loading import quiet
-from inlay.tasks.quantised import loading
 from inlay.tasks.task import Task
 from inlay.train import loaded, several
 from inlay.train.files import staged, write_text
-from inlay.train.prepare import splits_of
+from inlay.train.prepare import load_base, splits_of
 from inlay.train.record import ADAPTER, RUN_FILE, TASK_FILE, measured
 from inlay.train.run import Run
 
@@ -78,7 +78,7 @@ def open_run(
         task: Any = Task.from_dict(json.loads((folder / TASK_FILE).read_text(encoding="utf-8")))
     except ValueError as error:
         raise CheckpointError(f"{folder / TASK_FILE} is damaged: {error}") from error
-    model: Any = task.load_model(run.model, **loading("auto" if plain else run.load, run.dtype))
+    model: Any = load_base(task, run, "auto" if plain else run.load)
     loaded.load_others(model, others, task)
     load(model, folder / ADAPTER)
     loaded.arrange(model, run, None if compose is None else adapters or ())
@@ -237,7 +237,7 @@ def merge(folder: str | Path, out: str | Path, *, tolerance: float | None = None
     with staged(out, "writing the merged model to") as beside:
         plain = {name: tensor for name, tensor in model.state_dict().items() if CHILD not in name.split(".")}
         with quiet():
-            model.save_pretrained(beside, state_dict=plain)
+            model.save_pretrained(beside, state_dict=unshared(model, plain))
         tokenizer.save_pretrained(beside)
         again = opened.task.load_model(str(beside), dtype=model.dtype).to(model.device).eval()
         difference = (_logits(again, batch) - before).abs().max().item()

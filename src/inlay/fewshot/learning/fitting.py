@@ -20,6 +20,7 @@ from transformers import Adafactor, PreTrainedModel, get_scheduler
 from inlay.engine.adapters import adapters_of, controllers
 from inlay.engine.controller import Controller
 from inlay.errors import ConfigError, TrainingError, did_you_mean
+from inlay.fewshot.learning.modes import in_mode
 from inlay.fewshot.learning.objectives import Objective, Step, as_targets
 from inlay.fewshot.prompts.template import Row
 from inlay.fewshot.scorers.scorer import Demonstration, Scorer, on
@@ -58,8 +59,19 @@ class Recipe:
         if self.optimizer not in ("adamw", "adafactor"):
             raise ConfigError(f"optimizer={self.optimizer!r}: choose one of adamw, adafactor")
         for name, rate in {"learning_rate": self.learning_rate, **self.rates}.items():
-            if not rate > 0 or not math.isfinite(rate):
+            if not _number(rate) or not rate > 0 or not math.isfinite(rate):
                 raise ConfigError(f"{name}={rate!r}: a number above 0 is needed")
+        if not _number(self.warmup) or not 0 <= self.warmup <= 1:
+            raise ConfigError(f"warmup={self.warmup!r}: a share of the steps, from 0 to 1, is needed")
+        if not _number(self.clip) or not self.clip > 0:
+            raise ConfigError(f"clip={self.clip!r}: a number above 0 is needed; float('inf') clips nothing")
+        if not _number(self.weight_decay) or not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"weight_decay={self.weight_decay!r}: a number of at least 0 is needed")
+
+
+def _number(value: object) -> bool:
+    """Whether it is one: YAML reads 1e-3, which lacks a point, as text."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +96,9 @@ def fit(
 ) -> Fit:
     """Train the model's trainable parameters on rows with their labels (names, or probabilities (rows, labels)).
 
-    Without an objective it is the scorer's own. Random states outside are left as they were. Raises TrainingError when
-    the loss is no number, and ConfigError when nothing is trainable or there are no rows.
+    Without an objective it is the scorer's own. Random states outside and training flags are left as they were, and no
+    gradients. Raises TrainingError when the loss is no number, ConfigError when nothing is trainable or there are no
+    rows, DataError for labels that the scorer does not have.
     """
     recipe, objective = recipe or Recipe(), objective or scorer.objective()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -101,7 +114,7 @@ def fit(
         controller.prepare(recipe.steps)
     encoded = scorer.encode(rows) if demonstrator is None else None
     device, losses, begun = next(model.parameters()).device, list[float](), time.monotonic()
-    with untouched_random_states(), _training(model):
+    with untouched_random_states(), in_mode(model, training=True), _no_slopes(trained):
         torch.manual_seed(seed)
         for number, (chosen, generator) in zip(range(recipe.steps), _batches(len(rows), recipe, seed), strict=False):
             if encoded is not None:
@@ -146,14 +159,15 @@ def _stepped(optimizer: torch.optim.Optimizer, called: Sequence[Controller]) -> 
 
 
 @contextlib.contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Train mode; the mode it was in at the end, however that comes."""
-    mode = model.training
-    model.train()
+def _no_slopes(trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """No gradient is there at first, nor at the end: a step that failed leaves none to the next training."""
+    for parameter in trained:
+        parameter.grad = None
     try:
         yield
     finally:
-        model.train(mode)
+        for parameter in trained:
+            parameter.grad = None
 
 
 def _batches(count: int, recipe: Recipe, seed: int) -> Iterator[tuple[list[int], torch.Generator]]:

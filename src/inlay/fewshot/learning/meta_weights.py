@@ -11,10 +11,9 @@ once, by one forward-mode pass (dual numbers) or, where some operation has no fo
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -26,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
 from inlay.errors import ConfigError
+from inlay.fewshot.learning.modes import in_mode
 from inlay.fewshot.learning.objectives import Objective, Step, as_targets
 from inlay.fewshot.prompts.template import Row
 from inlay.fewshot.scorers.scorer import on
@@ -55,7 +55,7 @@ def gains(model: nn.Module, losses: Callable[[], Tensor], loss: Callable[[], Ten
     epsilon, but θ by no more than c of its length; None: the first, unless it does not go through.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with _still(model):
+    with in_mode(model, training=False):
         with torch.enable_grad():
             found = torch.autograd.grad(loss(), list(named.values()), allow_unused=True)
         slopes = {
@@ -129,18 +129,6 @@ def _recurrent(model: nn.Module) -> bool:
     """Whether something trainable is an LSTM's, which reads its weights past `functional_call`."""
     recurrent = (module for module in model.modules() if isinstance(module, nn.RNNBase))
     return any(parameter.requires_grad for module in recurrent for parameter in module.parameters())
-
-
-@contextlib.contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
-    """Eval mode, with gradients; afterwards each module's training flag is what it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from inlay.errors import ConfigError, DataError
+from inlay.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,6 +75,8 @@ class _Sum(Objective):
     @override
     def __call__(self, step: Step) -> Tensor:
         values = [factor * term(step) for factor, term in self.terms if factor != 0]
+        if not values:
+            raise ConfigError(f"every term of the objective {self.terms} has the factor 0: give one another")
         return torch.stack(values).sum() if len(values) > 1 else values[0]
 
 
@@ -115,13 +117,16 @@ class Distillation(Objective):
     """T² · KL(targets^(1/T) ‖ softmax(scores / T)), the mean over the rows; targets are probabilities.
 
     Hinton et al. 2015, arXiv:1503.02531; T² keeps the gradient's scale. Targets p are softened to p^(1/T), normalised:
-    the softmax of the teacher's scores over T.
+    the softmax of the teacher's scores over T. Raises ConfigError for labels as targets.
     """
 
     temperature: float = 2.0
 
     @override
     def __call__(self, step: Step) -> Tensor:
+        if step.targets.ndim != 2:
+            raise ConfigError("Distillation learns from a teacher's probabilities, and the targets are labels: "
+                              "use CrossEntropy")  # fmt: skip
         soft = functional.softmax(step.targets.clamp_min(1e-30).log() / self.temperature, -1)
         log_student = functional.log_softmax(step.scores / self.temperature, -1)
         return functional.kl_div(log_student, soft, reduction="batchmean") * self.temperature**2
@@ -158,8 +163,13 @@ class Interval(Objective):
 
 
 def as_targets(labels: Any, names: Sequence[str]) -> Tensor:
-    """Labels by name as numbers (rows,); probabilities (rows, labels) as they are."""
+    """Labels by name as numbers (rows,); probabilities (rows, labels) as they are. DataError for an unknown label."""
     if isinstance(labels, Tensor):
         return labels
     numbers = {name: number for number, name in enumerate(names)}
+    unknown = next((label for label in labels if label not in numbers), None)
+    if unknown is not None:
+        raise DataError(
+            f"a row has the label {unknown!r}{did_you_mean(str(unknown), names)}; the labels are: {', '.join(names)}"
+        )
     return torch.tensor([numbers[label] for label in labels])

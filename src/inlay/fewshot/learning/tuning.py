@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from inlay.fewshot.learning.best_step import BestStep
 from inlay.fewshot.learning.fitting import Recipe
 from inlay.fewshot.learning.objectives import as_targets
 from inlay.fewshot.learning.seeds import derived
-from inlay.fewshot.predictor import Predictor
+from inlay.fewshot.predictor import Predictor, mean_scores, sets_of
 from inlay.fewshot.problem import Labelled, Problem
 from inlay.fewshot.prompts.demonstrations import Demonstrations
 from inlay.fewshot.scorers.scorer import Scorer
@@ -78,10 +79,11 @@ class Tuning:
         shown = () if demonstrations is None else demonstrations.for_queries()
         options: dict[str, Any] = {}
         if self.problem.dev is not None and recipe.steps:
-            asked, right = Predictor(scorer=scorer, demonstrations=shown), as_targets(self.dev.labels, scorer.labels)
+            right = as_targets(self.dev.labels, scorer.labels)
+            sets = functools.cache(lambda: sets_of(shown, base, self.dev.rows))
             options["each_step"] = BestStep(
                 lambda: base.model(scorer.auto),
-                lambda: quality(asked.scores(base, self.dev.rows), right),
+                lambda: quality(mean_scores(scorer, base.model(scorer.auto), self.dev.rows, sets()), right),
                 recipe.steps, self.checks,
             )  # fmt: skip
         if demonstrations is not None:

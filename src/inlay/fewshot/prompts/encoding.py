@@ -2,7 +2,8 @@
 
 The whole example is one string when it is cut into tokens, so that words are cut as the tokenizer cuts them there;
 which piece a token belongs to is told from where it stands in the string. What must go, goes in this order: whole
-demonstrations from the last to the first, then single tokens from the end of the longest column that may be cut.
+demonstrations from the last to the first, then single tokens from the end of the longest column that may be cut. Where
+demonstrations are kept short so that they have their room, the example first keeps to half of the length.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ class _Span:
 class Encoder:
     """Encodes the examples of one template, at most `max_length` tokens each, the tokenizer's own included.
 
-    `demonstration_tokens` are kept of a demonstration's column at most (None: all). Raises ConfigError where tokenizer
-    and template do not fit, and, for an example that is too long when all is cut that may be cut.
+    `demonstration_tokens` are kept of a demonstration's column at most (None: all); of an example that is too long with
+    its demonstrations so many tokens go first that it takes half of `max_length`, then demonstrations. Raises
+    ConfigError where tokenizer and template do not fit, and for an example that is too long when all is cut that may be
+    cut.
     """
 
     def __init__(
@@ -126,41 +129,44 @@ class Encoder:
     def _fitted(self, ids: list[int], owners: list[_Span | None], demonstrations: int) -> Encoded:
         """The ids within the limit, with the places of masks and soft slots in them."""
         tokens = list(zip(ids, owners, strict=True))
-        if self.demonstration_tokens is not None:
+        own = _own(tokens)
+        if self.demonstration_tokens is not None and demonstrations:
             tokens = _shortened(tokens, self.demonstration_tokens)
+            tokens = _cut(tokens, min(len(tokens) - self.max_length, own - self.max_length // 2))
         while len(tokens) > self.max_length and demonstrations:
             demonstrations -= 1
             tokens = [entry for entry in tokens if entry[1] is None or entry[1].demonstration != demonstrations]
-        cut = max(len(tokens) - self.max_length, 0)
-        tokens = self._cut(tokens)
+        tokens = _cut(tokens, len(tokens) - self.max_length)
+        if len(tokens) > self.max_length:
+            raise ConfigError(
+                f"the template {self.template.source!r} and what may not be cut take {len(tokens)} tokens, and the "
+                f"model is given {self.max_length}: raise max_length, shorten the template, or let more columns be cut"
+            )
         masks = tuple(place for place, (_, span) in enumerate(tokens) if span is not None and span.piece.kind == "mask")
         slots = tuple(
             (place, span.slot)
             for place, (_, span) in enumerate(tokens)
             if span is not None and span.piece.kind == "soft"
         )
-        return Encoded([token for token, _ in tokens], masks, slots, demonstrations, cut)
+        return Encoded([token for token, _ in tokens], masks, slots, demonstrations, own - _own(tokens))
 
-    def _cut(self, tokens: list[tuple[int, _Span | None]]) -> list[tuple[int, _Span | None]]:
-        """Without the ends of its longest columns, as many tokens as are too many. Ties: the later column."""
-        surplus = len(tokens) - self.max_length
-        if surplus <= 0:
-            return tokens
-        columns: dict[int, list[int]] = {}
-        for place, (_, span) in enumerate(tokens):
-            if span is not None and span.piece.cut:
-                columns.setdefault(span.start, []).append(place)
-        if sum(map(len, columns.values())) < surplus:
-            raise ConfigError(
-                f"the template {self.template.source!r} and what may not be cut take "
-                f"{len(tokens) - sum(map(len, columns.values()))} tokens, and the model is given {self.max_length}: "
-                "raise max_length, shorten the template, or let more columns be cut"
-            )
-        gone: set[int] = set()
-        for _ in range(surplus):
-            longest = max(columns, key=lambda start: (len(columns[start]), start))
-            gone.add(columns[longest].pop())
-        return [entry for place, entry in enumerate(tokens) if place not in gone]
+
+def _own(tokens: list[tuple[int, _Span | None]]) -> int:
+    """How many tokens are not the demonstrations'."""
+    return sum(span is None or span.demonstration is None for _, span in tokens)
+
+
+def _cut(tokens: list[tuple[int, _Span | None]], surplus: int) -> list[tuple[int, _Span | None]]:
+    """Without the ends of the example's own longest columns, at most `surplus` tokens. Ties: the later."""
+    columns: dict[int, list[int]] = {}
+    for place, (_, span) in enumerate(tokens):
+        if span is not None and span.piece.cut and span.demonstration is None:
+            columns.setdefault(span.start, []).append(place)
+    gone: set[int] = set()
+    for _ in range(min(surplus, sum(map(len, columns.values())))):
+        longest = max(columns, key=lambda start: (len(columns[start]), start))
+        gone.add(columns[longest].pop())
+    return [entry for place, entry in enumerate(tokens) if place not in gone]
 
 
 def _shortened(tokens: list[tuple[int, _Span | None]], limit: int) -> list[tuple[int, _Span | None]]:

@@ -232,14 +232,14 @@ def _part(inside: str, source: str) -> Part:
     name, *filters = (entry.strip() for entry in inside.split("|"))
     if re.fullmatch(r"mask(\*\d*)?", name):
         width = name.partition("*")[2] if "*" in name else "1"
-        if width == "0":
+        if width and int(width) == 0:
             raise ConfigError(f"the template {source!r} has {{{inside}}}: at least one mask is needed there")
         made = Part("mask", count=int(width) if width else None)
     elif name.startswith("soft:"):
         what = name.removeprefix("soft:").strip()
-        if not what or what == "0":
+        if not what.strip("0"):
             raise ConfigError(f"the template {source!r} has {{{inside}}}: say how many, {{soft:3}}, or which words")
-        made = Part("soft", count=int(what)) if what.isdigit() else Part("soft", what, count=None)
+        made = Part("soft", count=int(what)) if what.isdecimal() else Part("soft", what, count=None)
     elif name in ("sep", "demos"):
         made = Part("sep" if name == "sep" else "demos")
     else:

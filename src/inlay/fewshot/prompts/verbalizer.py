@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from inlay.errors import ConfigError, did_you_mean
+from inlay.errors import ConfigError, DataError, did_you_mean
 from inlay.fewshot.prompts.template import Template
 
 
@@ -59,6 +59,15 @@ class Verbalizer:
     def labels(self) -> tuple[str, ...]:
         """The labels, in the order of the scores."""
         return tuple(self.words)
+
+    def spoken(self, label: str) -> str:
+        """What a demonstration of the label says: its first word. Raises DataError for a label that has none."""
+        if label not in self.words:
+            raise DataError(
+                f"a demonstration has the label {label!r}{did_you_mean(label, self.words)}; the labels are: "
+                f"{', '.join(self.words)}"
+            )
+        return self.words[label][0]
 
     def for_labels(self, labels: Sequence[str]) -> Verbalizer:
         """The same in the order of `labels`. ConfigError for a label without a word or a word without a label."""
@@ -111,7 +120,8 @@ class Verbalizer:
                         f"{other!r} (for {owner!r}) and {word!r} (for {label!r}) are the same tokens to this "
                         f"tokenizer, {pieces}: choose words that it can tell apart"
                     )
-        return found
+        # Words that are the same to this tokenizer, as Good and good where it knows no capitals, count once.
+        return {label: list(dict.fromkeys(listed)) for label, listed in found.items()}
 
 
 def word_tokens(word: str, tokenizer: PreTrainedTokenizerBase, before: str = "a ") -> tuple[int, ...]:

@@ -153,8 +153,8 @@ class ChoiceScorer(Scorer):
     def encode(
         self, rows: Sequence[Row], demonstrations: Sequence[Sequence[Demonstration]] | None = None
     ) -> list[Encoded]:
-        spoken = {label: words[0] for label, words in self.verbalizer.words.items()}
-        shown = [[(row, spoken[label]) for row, label in own] for own in demonstrations or [()] * len(rows)]
+        spoken = self.verbalizer.spoken
+        shown = [[(row, spoken(label)) for row, label in own] for own in demonstrations or [()] * len(rows)]
         if self.direction == "channel":
             return [self._given(row, own) for row, own in zip(rows, shown, strict=True)]
         asked, encoder = self.answering, self._encoder(self.longest if self._forwards else 0)
@@ -175,20 +175,37 @@ class ChoiceScorer(Scorer):
     def _given(self, row: Row, shown: Sequence[Demonstration]) -> Asked:
         """The pairs of p(x | y): for each word a prompt that gives it, followed by the example."""
         words = [word for listed in self.verbalizer.words.values() for word in listed]
-        encoder = self._encoder()
-        kept = min(
-            prompt.demonstrations for prompt in encoder([self.answering.given(row, word, shown)[0] for word in words])
-        )
-        both = [self.answering.given(row, word, shown[:kept]) for word in words]
-        whole, starts = encoder([full for full, _ in both]), encoder([start for _, start in both])
+        whole, starts = self._whole_and_starts(row, words, shown)
+        kept = min(full.demonstrations for full in whole)
         if self._forwards:
             pairs = tuple(self._parted(self._ids(full), self._ids(start)) for full, start in zip(whole, starts))  # noqa: B905
         else:
             example: Rendered = self.answering.example(row)
-            target = tuple(encoder([example])[0].ids)
+            target = tuple(self._encoder()([example])[0].ids)
             pairs = tuple((self._ids(start), (target,)) for start in starts)
         longest = max(whole, key=len)
         return Asked(list(longest.ids), (), (), kept, longest.cut, pairs)
+
+    def _whole_and_starts(
+        self, row: Row, words: Sequence[str], shown: Sequence[Demonstration]
+    ) -> tuple[list[Encoded], list[Encoded]]:
+        """For each word demonstrations, answer and example; and the same up to where the example begins.
+
+        All have the same demonstrations, and as much of the example as has room behind the longest answer: a text that
+        is cut shorter would be likelier.
+        """
+        encoder = self._encoder()
+        whole, starts = encoder([self.answering.given(row, word, shown)[0] for word in words]), list[Encoded]()
+        while True:
+            kept = min(one.demonstrations for one in (*whole, *starts))
+            both = [self.answering.given(row, word, shown[:kept]) for word in words]
+            starts = encoder([start for _, start in both])
+            longest = max(map(len, starts))
+            whole = [
+                self._encoder(longest - len(start))([full])[0] for (full, _), start in zip(both, starts, strict=True)
+            ]
+            if all(one.demonstrations == kept for one in (*whole, *starts)):
+                return whole, starts
 
     @staticmethod
     def _parted(whole: tuple[int, ...], start: tuple[int, ...]) -> Pair:

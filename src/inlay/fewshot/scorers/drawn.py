@@ -38,8 +38,13 @@ class DrawnScorer(Scorer):
 
     def __post_init__(self) -> None:
         first = self.scorers[0]
-        if any(other.verbalizer != first.verbalizer or other.auto != first.auto for other in self.scorers):
-            raise ConfigError("templates that are drawn from share their labels' words and their kind of model")
+        for name in ("verbalizer", "auto", "direction", "length_norm"):
+            values = [getattr(other, name) for other in self.scorers]
+            if any(value != values[0] for value in values):
+                raise ConfigError(
+                    f"templates that are drawn from differ in their text alone, and these scorers have several {name}: "
+                    f"{', '.join(map(str, values))}"
+                )
         object.__setattr__(self, "auto", first.auto)
 
     @classmethod

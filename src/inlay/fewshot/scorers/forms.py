@@ -43,8 +43,10 @@ def asked(problem: Problem, template: Template, **options: Any) -> Scorer:
             tokenizer=problem.base.tokenizer, template=template, verbalizer=problem.verbalizer,
             max_length=problem.max_length, auto=form, **options,
         )  # fmt: skip
-    if options.get("direction", "direct") != "direct":
-        raise ConfigError(
-            f"direction={options['direction']!r} is for models that write: {problem.base.source} fills in masks"
-        )
+    for name, plain in (("direction", "direct"), ("length_norm", 1.0)):
+        if options.get(name, plain) != plain:
+            raise ConfigError(
+                f"{name}={options[name]!r} is for models that write, and {problem.base.source} fills in masks: "
+                "leave it out, or choose a decoder or a T5-like model"
+            )
     return problem.mask_scorer(template)

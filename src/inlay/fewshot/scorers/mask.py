@@ -78,10 +78,10 @@ class MaskScorer(Scorer):
     ) -> list[Encoded]:
         """Rows as token ids; `masks` is the width of {mask*}."""
         shown = demonstrations or [()] * len(rows)
-        spoken = {label: words[0] for label, words in self.verbalizer.words.items()}
+        spoken = self.verbalizer.spoken
         return self.encoder(
             [
-                self.template.render(row, masks=masks, demonstrations=[(other, spoken[label]) for other, label in own])
+                self.template.render(row, masks=masks, demonstrations=[(other, spoken(label)) for other, label in own])
                 for row, own in zip(rows, shown, strict=True)
             ]
         )

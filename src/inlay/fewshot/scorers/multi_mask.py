@@ -52,6 +52,8 @@ class MultiMaskScorer(MaskScorer):
             raise ConfigError(
                 f"{self.template.source!r} says how many masks it has: write {{mask*}}, or use MaskScorer"
             )
+        if self.restrict:
+            raise ConfigError(f"restrict=True is for masks read in one pass; {self.template.source!r} has {{mask*}}")
         if self.decode not in DECODES:
             raise ConfigError(f"decode={self.decode!r}{did_you_mean(self.decode, DECODES)}: {', '.join(DECODES)}")
         self._by_width  # noqa: B018 - what cannot be asked is an error now, not at the first batch

@@ -25,6 +25,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.errors import ConfigError, DataError
+from inlay.fewshot.learning.objectives import as_targets
 from inlay.fewshot.prompts.template import Row, Template
 from inlay.fewshot.prompts.verbalizer import Verbalizer
 from inlay.fewshot.scorers.mask import MaskScorer
@@ -114,7 +115,7 @@ def search_labels(
     `scores` (examples, vocabulary): logits at the mask, of which log-probabilities are made, so that a constant added
     to an example changes nothing; `y`: the examples' labels; `candidates`: token -> word; `labels`: in the order of
     the verbalizers (None: sorted). `budget`: how many combinations are scored. Raises DataError for a label without
-    examples, ConfigError when there are fewer candidates than labels.
+    examples or an example of another label, ConfigError when there are fewer candidates than labels.
     """
     if min(k, n, budget) < 1:
         raise ConfigError(f"k={k!r}, n={n!r}, budget={budget!r}: whole numbers of at least 1 are needed")
@@ -123,7 +124,7 @@ def search_labels(
         raise ConfigError(f"{len(names)} labels need a word each, and there are {len(candidates)} candidates")
     log_probs = scores.double().log_softmax(-1)
     tokens = torch.tensor(sorted(candidates))
-    numbers = torch.tensor([names.index(label) for label in y])
+    numbers = as_targets(y, names)
     pools = []
     for number, name in enumerate(names):
         if not (numbers == number).any():

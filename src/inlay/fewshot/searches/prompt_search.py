@@ -58,10 +58,9 @@ def found_templates(
 
     def search(folder: Path) -> dict[str, Any]:
         writer = Base(generator, problem.base.dtype, problem.base.device)
-        spoken = {label: words[0] for label, words in problem.verbalizer.words.items()}
         written = search_templates(
             writer.model("seq2seq"), writer.tokenizer, problem.train.rows,
-            [spoken[label] for label in problem.train.labels], forms_for(problem.text.columns),
+            [problem.verbalizer.spoken(label) for label in problem.train.labels], forms_for(problem.text.columns),
             n=n, beam=beam, max_length=problem.max_length,
         )  # fmt: skip
         templates = dict.fromkeys((*problem.templates, *(one for one in written if _fits(problem, one))))

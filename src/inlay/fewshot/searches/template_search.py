@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from inlay.errors import ConfigError
+from inlay.errors import ConfigError, DataError
 from inlay.fewshot.prompts.template import Row, Template
 from inlay.tasks.batches import evaluating, pad_id
 
@@ -104,8 +104,10 @@ def search_templates(
     """At most n templates, the best of each form in turn; `words`: each row's label word.
 
     `max_tokens` in both blanks together, `max_length` of what the encoder reads. Raises ConfigError for a tokenizer
-    without sentinels.
+    without sentinels, DataError when there are no rows.
     """
+    if not rows:
+        raise DataError("templates are written around labelled rows, and there are none: give at least one")
     filler = Filler(model, tokenizer, max_tokens, max_length, combine)
     by_form = []
     for form in forms:

@@ -52,8 +52,14 @@ def find_words(
 ) -> Verbalizer:
     """The words that the base itself expects for each label, chosen for all templates at once.
 
-    Raises DataError when the unlabelled rows have no words to choose from.
+    Raises ConfigError for templates with soft slots, DataError when the unlabelled rows have no words to choose from.
     """
+    soft = next((template for template in templates if template.soft), None)
+    if soft is not None:
+        raise ConfigError(
+            f"words are looked for before anything is trained, and the soft slots of {soft.source!r} say nothing yet: "
+            "write words in their place, or give the labels' words"
+        )
     columns = dict.fromkeys(column for template in templates for column in template.columns)
     texts = [str(row[column]) for row in unlabelled for column in columns if row.get(column)]
     candidates = word_candidates(base.tokenizer, templates, texts, most=most)

@@ -131,6 +131,7 @@ class ICL(System):
         found = stages.tensor(
             f"calibration-{number}", lambda: offset(predictor, problem.base, method, rows),
             scorer=predictor.scorer.to_dict(), method=method, shown=shown, rows=len(rows),
+            texts=derived(0, predictor.demonstrations, rows),
         )  # fmt: skip
         return dataclasses.replace(predictor, offset=tuple(found.tolist()))
 

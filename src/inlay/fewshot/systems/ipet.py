@@ -90,7 +90,8 @@ class IPET(PET):
         if len(problem.unlabelled) < needed:
             raise ConfigError(
                 f"ipet's {self.generations} generations that grow {self.grow:g} times each need {needed} unlabelled "
-                f"rows, and there are {len(problem.unlabelled)}: give more, or lower grow, generations or start"
+                f"rows, and there are {len(problem.unlabelled)}: give more (a run uses at most its unlabelled_rows of "
+                f"them: --set unlabelled_rows={needed}), or lower method.grow, method.generations or method.start"
             )
         return made
 

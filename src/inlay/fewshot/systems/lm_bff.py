@@ -90,8 +90,11 @@ class LMBFF(System):
     def check(self, problem: Problem) -> None:
         if self.search == "labels":
             for template in problem.templates:
-                if template.masks != 1:
-                    raise ConfigError(f"label words are searched at one {{mask}}, and {template.source!r} has others")
+                if template.masks != 1 or template.soft:
+                    raise ConfigError(
+                        f"label words are searched at one {{mask}} between words, and {template.source!r} has "
+                        f"{'soft slots: write words in their place' if template.soft else 'others'}"
+                    )
         else:
             for prompt in given(problem):
                 self.scorer(problem, prompt)

@@ -42,6 +42,11 @@ class GranularGate(nn.Module):
 
     def __init__(self, into: int, out: int, method: Any, site: Site, real: Real | None) -> None:
         super().__init__()
+        if method.variant == "middleX" and into != out:
+            raise UnsupportedError(
+                f"VLPET(variant='middleX') cannot sit at {site.name}: its gate adds what goes in and what comes out, "
+                f"and {into} features go in and {out} come out; choose another variant"
+            )
         self.variant: str = method.variant
         self.scale: float = method.scale
         self.real = real
@@ -124,7 +129,7 @@ class GatePiece(AdapterPiece):
     bottleneck: Any
 
     def forward(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs["hidden_states"]
+        x = args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))]
         return first_of(inner(*args, **kwargs), lambda h: self.bottleneck(x, h))
 
 
@@ -135,6 +140,11 @@ class GateLeavePiece(AdapterPiece):
 
     def forward(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         x, self.bottleneck.hidden = self.bottleneck.hidden, None
+        if x is None:
+            raise UnsupportedError(
+                "a network's second projection was called without its first, whose input VL-PET's gate reads: call the "
+                "module that holds both, or name the places to be gated with targets=..."
+            )
         return self.bottleneck(x, inner(*args, **kwargs))
 
 

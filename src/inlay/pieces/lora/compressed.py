@@ -44,7 +44,7 @@ class CompressedLoRAPiece(LoRAPiece):
     def direction(self, x: Tensor) -> Tensor:
         """e for this batch, which is remembered."""
         held = self.lora_velora_embed
-        if self.projection == "random":
+        if self.projection == "random" or not x.numel():  # an expert of a mixture that no token was sent to
             return held
         found = compressed.mean_direction(x, self.num_groups).to(held.dtype)
         if self.projection == "batch_average_once":

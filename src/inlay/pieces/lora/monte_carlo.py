@@ -98,4 +98,7 @@ class VariationalLoss(Controller):
         self.places = len(pieces)
 
     def extra_loss(self) -> Tensor | None:
-        return sum((piece.loss() for piece in self.pieces), torch.zeros(())) / self.places if self.pieces else None
+        if not self.pieces:
+            return None
+        first = self.pieces[0].lora_B.device  # of a model on several devices, one
+        return torch.stack([piece.loss().to(first) for piece in self.pieces]).sum() / self.places

@@ -39,7 +39,8 @@ class PooledLoRAPiece(LoRAPiece):
         y = inner(x, *args, **kwargs)
         x = x.to(self.lora_A.dtype) if self.exact else x
         x = F.dropout(x, self.dropout) if self.dropout and self.training else x
-        means, scale = x.reshape(*x.shape[:-1], -1, self.group).mean(-1), self.scale * self.factor
+        means = x.reshape(*x.shape[:-1], x.shape[-1] // self.group, self.group).mean(-1)
+        scale = self.scale * self.factor
         if self.plain and fusible(y, means, self.lora_A, self.lora_B):
             factors = self.lora_A, self.lora_B, scale
             return AddLowRank.apply(y, means, *factors, compute_dtype(x), None, None)  # type: ignore[no-untyped-call]

@@ -108,5 +108,6 @@ class ContextEntry(PromptEntry):
         later = there.flip(1).cumsum(1).flip(1) - there
         weights = self.decay ** later.gather(1, example)
         targets = targets.masked_fill(example == 0, IGNORED)
-        losses = functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
-        return (losses * weights).sum() / (targets != IGNORED).sum()
+        followed = functional.pad(targets, (0, 1), value=IGNORED).flatten()  # so that the logits need no copy
+        losses = functional.cross_entropy(logits.float().flatten(0, 1), followed, reduction="none").view(rows, -1)
+        return (losses[:, :-1] * weights).sum() / (targets != IGNORED).sum()

@@ -37,8 +37,7 @@ class ShadowMethod(LinearMethod):
         self.check_whole("r", "num_hidden_layers", *(name for name in optional if getattr(self, name) is not None))
         self.check_number("alpha")
         self.check_rate("dropout")
-        if not 0 <= self.auxiliary_loss_weight < float("inf"):
-            raise ConfigError(f"Shadow(auxiliary_loss_weight={self.auxiliary_loss_weight!r}): 0 or more is needed")
+        self.check_at_least_zero("auxiliary_loss_weight")
         sizes = [field for field in self.peft_fields() if field.name in SIZES]
         if self.pretrained is not None and any(getattr(self, field.name) != field.default for field in sizes):
             raise ConfigError(f"Shadow(pretrained={self.pretrained!r}) has the sizes of that model: leave them out")
