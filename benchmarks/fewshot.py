@@ -115,11 +115,11 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "method": {"kind": "list", "sessions": 1, "student": {"steps": 60, "batch_size": 16}, "epochs": 10},
         "peft": ["adapter"],
     },
-    "icl": {"method": {"kind": "icl"}},
-    "icl-decoder": {"method": {"kind": "icl"}, "model": "stories260k"},
+    "icl": {"method": {"kind": "icl"}, "max_length": 384},
+    "icl-decoder": {"method": {"kind": "icl"}, "model": "stories260k", "max_length": 384},
     "t-few-decoder": {"method": {"kind": "t-few"}, "model": "stories260k"},
 }
-"""How each differs from the others; one pattern is used unless `patterns` says more."""
+"""How each differs from the others; one pattern is used unless `patterns` says more. Demonstrations need length."""
 
 
 def rows(folder: Path, split: str) -> list[dict[str, str]]:
@@ -179,8 +179,9 @@ def settings_of(task: str, system: str, shots: int, seed: int, files: dict[str, 
         "peft": entry.get("peft"),
         "recipe": recipe,
         "dtype": SETTINGS["dtype"],
-        "max_length": SETTINGS["pair_length" if "premise" in templates[0] else "max_length"],
+        "max_length": entry.get("max_length", SETTINGS["pair_length" if "premise" in templates[0] else "max_length"]),
         "unlabelled_rows": SETTINGS["unlabelled_rows"],
+        "baseline": False,  # in-context learning is a system of its own here
     }
 
 

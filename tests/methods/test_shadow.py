@@ -288,7 +288,7 @@ def test_a_bare_model_and_tuples() -> None:
         ({"dropout": 1.0}, ConfigError, "dropout=1.0"),
         ({"num_hidden_layers": 0}, ConfigError, "num_hidden_layers=0"),
         ({"update_hidden_size": 0}, ConfigError, "update_hidden_size=0"),
-        ({"auxiliary_loss_weight": -1.0}, ConfigError, "0 or more"),
+        ({"auxiliary_loss_weight": -1.0}, ConfigError, "auxiliary_loss_weight=-1.0"),
         ({"overrides": {"0": {"r": 2}}}, ConfigError, "share one state"),
         ({"pretrained": "nowhere"}, ConfigError, r"pretrained='nowhere'\): there is no such model"),
         ({"pretrained": "x", "hidden_size": 8}, ConfigError, "has the sizes of that model"),

@@ -1,7 +1,7 @@
 """The baseline of every report: in-context learning by the same base with the same labelled rows, nothing trained.
 
-The rows stand in front of the question, as many as `max_length` holds. What it answers costs nothing beforehand and
-many times more for every answer; a system that does not beat it was not worth its training.
+The rows stand in front of the question, as many as the model can read, up to LENGTH tokens. What it answers costs
+nothing beforehand and many times more for every answer; a system that does not beat it was not worth its training.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from inlay.errors import ConfigError
 from inlay.fewshot.flops import cost
 from inlay.fewshot.problem import Problem
 from inlay.fewshot.prompts.template import Row
+from inlay.fewshot.scorers.forms import form_of
 from inlay.fewshot.stages import Stages
 from inlay.fewshot.systems.icl import ICL
 from inlay.tasks.class_metrics import single_label_scores
 
 NAME = "in-context"
-ROWS = 200
+LENGTH = 512
+"""Tokens of a prompt at most; a run's own `max_length` holds one example and hardly a demonstration."""
+ROWS = 100
 """Test rows that it is measured on at most: an answer reads all demonstrations again."""
 
 
@@ -47,8 +50,10 @@ def in_context(problem: Problem, rows: Sequence[Row], true: np.ndarray, stages: 
     None where the untrained base cannot be asked: no template, soft slots, words that the template has no gaps for.
     The cost is counted on `costed` of the rows.
     """
-    asked = dataclasses.replace(problem, templates=problem.templates[:1])
     try:
+        problem.base.model(form_of(problem.base))  # from here on the tokenizer knows how much it reads
+        length = max(problem.max_length, min(LENGTH, problem.base.tokenizer.model_max_length))
+        asked = dataclasses.replace(problem, templates=problem.templates[:1], max_length=length)
         ICL().check(asked)
         solution = ICL().solve(asked, stages.within(NAME))
     except ConfigError:

@@ -114,7 +114,7 @@ def fit(
         controller.prepare(recipe.steps)
     encoded = scorer.encode(rows) if demonstrator is None else None
     device, losses, begun = next(model.parameters()).device, list[float](), time.monotonic()
-    with untouched_random_states(), in_mode(model, training=True), _no_slopes(trained):
+    with untouched_random_states(), in_mode(model, training=True), _without_gradients(trained):
         torch.manual_seed(seed)
         for number, (chosen, generator) in zip(range(recipe.steps), _batches(len(rows), recipe, seed), strict=False):
             if encoded is not None:
@@ -159,7 +159,7 @@ def _stepped(optimizer: torch.optim.Optimizer, called: Sequence[Controller]) -> 
 
 
 @contextlib.contextmanager
-def _no_slopes(trained: Sequence[nn.Parameter]) -> Iterator[None]:
+def _without_gradients(trained: Sequence[nn.Parameter]) -> Iterator[None]:
     """No gradient is there at first, nor at the end: a step that failed leaves none to the next training."""
     for parameter in trained:
         parameter.grad = None
