@@ -91,6 +91,28 @@ def test_it_learns(bert: BertForMaskedLM, scorer: MaskScorer) -> None:
     assert scorer.scores(bert, rows).argmax(-1).tolist() == [1, 0, 1, 0]
 
 
+def test_it_says_when_little_was_learned(bert: BertForMaskedLM, scorer: MaskScorer) -> None:
+    inlay.attach(bert, LoRA(r=4))
+    slow, fast = (
+        fit(bert, scorer, ROWS, LABELS, recipe=Recipe(steps=60, learning_rate=rate)) for rate in (1e-8, 0.02)
+    )
+    assert "raise the learning rate" in str(slow.hardly_learned(2))
+    assert fast.hardly_learned(2) is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ([0.69] * 40, True),
+        ([0.69] * 9, False),  # too short to say
+        ([0.69] * 20 + [0.4] * 20, False),
+        ([0.2] * 40, False),  # it was good from the start
+    ],
+)
+def test_little_was_learned_where_a_high_loss_stays(losses: list[float], told: bool) -> None:
+    assert (Fit(losses, 1.0).hardly_learned(2) is not None) == told
+
+
 def test_no_steps_leave_the_model_alone(model: BertForMaskedLM, scorer: MaskScorer) -> None:
     before = state(model)
     assert fit(model, scorer, ROWS, LABELS, recipe=Recipe(steps=0)).losses == []

@@ -91,3 +91,15 @@ def test_what_is_trained_is_the_same_with_progress(stream: io.StringIO, bert_fol
         assert steps == [1, 2, 3]  # whoever asked to be told still is
     assert files(tmp_path / "silent") == files(tmp_path / "shown")
     assert "generation-1: pattern-0" in stream.getvalue()
+
+
+def test_a_stage_that_learned_little_says_so(bert_folder: Path, tmp_path: Path) -> None:
+    lines: dict[float, list[str]] = {}
+    for rate in (1e-9, 0.02):
+        recipe = Recipe(steps=30, batch_size=4, learning_rate=rate)
+        problem = small_problem(Base(str(bert_folder), device="cpu"), recipe=recipe)
+        scorer = problem.mask_scorer(problem.templates[0])
+        lines[rate] = []
+        problem.trained(Stages(tmp_path / f"{rate}", say=lines[rate].append), "pattern-0", scorer)
+    assert [line for line in lines[1e-9] if "raise the learning rate" in line]
+    assert not [line for line in lines[0.02] if "raise" in line]

@@ -131,6 +131,9 @@ class Problem:
                     demonstrator=demonstrator, each_step=_both(shown, each_step),
                 )  # fmt: skip
                 save(model, folder / ADAPTER)
+            plain = objective is None and not isinstance(targets, Tensor)  # others have floors that are not 0
+            if plain and (doubt := done.hardly_learned(len(self.labels))):
+                stages.say(f"{name}: {doubt}")
             return {"trainable_parameters": count, "rows": len(rows), "losses": done.losses}
 
         stages.once(

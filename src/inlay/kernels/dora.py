@@ -15,6 +15,7 @@ two over dy. Kept beyond LoRA's: y (T, out), which the next operation often keep
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,7 @@ from inlay.engine.linear import Linear
 from inlay.errors import UnsupportedError
 from inlay.kernels import products
 from inlay.kernels.choice import compute_dtype, fusible, without_autocast
-from inlay.kernels.lora import base_product, gradients, narrow, rows, suits
+from inlay.kernels.lora import back_through_base, base_product, gradients, narrow, rows, suits
 from inlay.kernels.scaling import near_one, times
 
 SAMPLES = 512
@@ -127,8 +128,8 @@ class MagnitudeLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale, ctx.dtype, ctx.shape, ctx.near = scale, dtype, x.shape, near
         inputs = x.to(dtype)
-        y = base_product(inputs, weight.to(dtype), bias)
         h = narrow(rows(inputs), a, mask)
+        y = base_product(inputs, weight.to(dtype), bias)
         direction = None if near else torch.addmm(rows(y), h, b.to(dtype).t(), alpha=scale)
         if direction is not None and bias is not None:
             direction -= bias.to(dtype)
@@ -161,8 +162,8 @@ class MagnitudeLinear(torch.autograd.Function):
                     dm = dm - sums * bias
                 dm = dm / (magnitude if ctx.near else norms)
             du = times(dy, magnitude / norms, ctx.near)
-            dx = du @ weight.to(ctx.dtype) if need_x else None
-            dx, da, db = gradients(du, dx, inputs, a, b, h, mask, ctx.scale, (need_x, need_a, need_b))
+            through = partial(back_through_base, du, weight, None)
+            dx, da, db = gradients(du, through, inputs, a, b, h, mask, ctx.scale, (need_x, need_a, need_b))
         dbias = sums.to(bias.dtype) if need_bias and sums is not None else None
         return None if dx is None else dx.view(ctx.shape), None, dbias, da, db, dm, *[None] * 5
 

@@ -11,6 +11,7 @@ Equal to LoRA on f(g) ⊙ u, bit for bit: the operations are the same, in the sa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from inlay.kernels import products
 from inlay.kernels.choice import compute_dtype, without_autocast
-from inlay.kernels.lora import base_product, gradients, narrow, rows, values
+from inlay.kernels.lora import back_through_base, base_product, gradients, narrow, rows, values
 
 if TYPE_CHECKING:
     from inlay.engine.linear import Decode, Linear
@@ -57,8 +58,8 @@ class GatedLowRank(torch.autograd.Function):
     ) -> Tensor:
         ctx.activation, ctx.scale, ctx.dtype, ctx.decode = activation, scale, dtype, decode
         p = (activation(g) * u).to(dtype)
-        y = base_product(p, values(weight, dtype, decode), bias)
         h = narrow(rows(p), a, mask)
+        y = base_product(p, values(weight, dtype, decode), bias)
         products.widen_(rows(y), h, b, scale)
         ctx.save_for_backward(g, u, weight, a, b, h if ctx.needs_input_grad[6] else None, mask)
         return y
@@ -75,8 +76,8 @@ class GatedLowRank(torch.autograd.Function):
                 active = ctx.activation(leaf)
             p = rows((active.detach() * u).to(ctx.dtype))
             need_p = need_g or need_u
-            dp = dy @ values(weight, ctx.dtype, ctx.decode) if need_p else None
-            dp, da, db = gradients(dy, dp, p, a, b, h, mask, ctx.scale, (need_p, need_a, need_b))
+            through = partial(back_through_base, dy, weight, ctx.decode)
+            dp, da, db = gradients(dy, through, p, a, b, h, mask, ctx.scale, (need_p, need_a, need_b))
             dg = du = None
             if dp is not None:
                 dp = dp.to(g.dtype).view(g.shape)

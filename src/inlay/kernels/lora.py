@@ -14,6 +14,8 @@ is frozen, no h when B is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -107,8 +109,8 @@ class LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale, ctx.dtype, ctx.decode, ctx.shape = scale, dtype, decode, x.shape
         inputs = x.to(dtype)
+        h = narrow(rows(inputs), a, mask, gate)  # x is in the cache now, and y will be for what comes after it
         y = base_product(inputs, values(weight, dtype, decode), bias)
-        h = narrow(rows(inputs), a, mask, gate)
         products.widen_(rows(y), h, b, scale)
         need_x, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
@@ -123,8 +125,8 @@ class LowRankLinear(torch.autograd.Function):
         with without_autocast(dy):
             dy = rows(dy.to(ctx.dtype))
             inputs = None if x is None else rows(x.to(ctx.dtype))
-            dx = dy @ values(weight, ctx.dtype, ctx.decode) if need_x else None
-            dx, da, db = gradients(dy, dx, inputs, a, b, h, mask, ctx.scale, (need_x, need_a, need_b), gate)
+            through = partial(back_through_base, dy, weight, ctx.decode)
+            dx, da, db = gradients(dy, through, inputs, a, b, h, mask, ctx.scale, (need_x, need_a, need_b), gate)
             dweight = dy.t() @ inputs if need_weight and inputs is not None else None
             dbias = dy.sum(0) if need_bias else None
         return None if dx is None else dx.view(ctx.shape), dweight, dbias, da, db, *[None] * 5
@@ -178,6 +180,11 @@ def values(weight: Tensor, dtype: torch.dtype, decode: Decode | None) -> Tensor:
     return weight.to(dtype) if decode is None else decode(weight, dtype)
 
 
+def back_through_base(dy: Tensor, weight: Tensor, decode: Decode | None) -> Tensor:
+    """dy W (T, in) for dy (T, out), in the dtype of dy."""
+    return dy @ values(weight, dy.dtype, decode)
+
+
 def narrow(x: Tensor, a: Tensor, mask: Tensor | None, gate: Tensor | None = None) -> Tensor:
     """h = g ⊙ x̃ Aᵀ, (T, r)."""
     h = products.narrow(x, a, mask)
@@ -191,7 +198,7 @@ def gated(h: Tensor, gate: Tensor) -> Tensor:
 
 def gradients(
     dy: Tensor,
-    dx: Tensor | None,
+    through: Callable[[], Tensor] | None,
     x: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -201,7 +208,9 @@ def gradients(
     needs: tuple[bool, bool, bool],
     gate: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dA, dB) of the low-rank part for dy (T, out); `dx` (T, in), which the base gave, is added to in place."""
+    """(dx, dA, dB) of the low-rank part for dy (T, out); where `through` says what comes back through the base (T, in),
+    that is added to in place. It is asked after dh, for which dy is still in the cache: 1 % of a step.
+    """
     need_x, need_a, need_b = needs
     if torch.is_grad_enabled() and need_b:  # differentiated again: h has to be a function of x and A
         if x is None:
@@ -211,6 +220,7 @@ def gradients(
             )
         h = narrow(x, a, mask, gate)
     dh, db = products.back_through_b(dy, h, b, scale, (need_x or need_a, need_b))
+    dx = None if through is None or not need_x else through()
     if dh is None:
         return dx, None, db
     if gate is not None:

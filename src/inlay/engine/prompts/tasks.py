@@ -46,6 +46,6 @@ class Tasks:
             tasks = tasks.repeat_interleave(rows // tasks.shape[0])  # rows that beams have repeated
         if tasks.ndim > 1 or (tasks.ndim == 1 and tasks.shape[0] != rows):
             raise ConfigError(f"task_ids of shape {tuple(tasks.shape)} for {rows} rows: give one for each row")
-        if not torch.compiler.is_compiling() and bool(((tasks < 0) | (tasks >= self.count)).any()):
+        if not torch.compiler.is_compiling() and not all(0 <= task < self.count for task in tasks.view(-1).tolist()):
             raise ConfigError(f"task_ids={tasks.tolist()}: {self.what} of tasks 0 to {self.count - 1}")
         return tasks.expand(rows)

@@ -103,7 +103,10 @@ class VirtualTokens(SharesPrompt):
         digits, plain = self.code.read(ids)
         embedded: Tensor = inner(plain, *args[1:], **kwargs) if name is None else inner(**{**kwargs, name: plain})
         vectors = self.vectors(digits, embedded.dtype)
-        return embedded + vectors if self.code.added else torch.where(digits.unsqueeze(-1) > 0, vectors, embedded)
+        if self.code.added:
+            return embedded + vectors
+        text = (digits == 0).to(embedded.dtype).unsqueeze(-1)  # 1 or 0: quicker than choosing, forwards and backwards
+        return torch.addcmul(vectors, embedded, text)
 
 
 class PromptEntry(SharesPrompt):

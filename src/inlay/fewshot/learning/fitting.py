@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -80,6 +81,19 @@ class Fit:
 
     losses: list[float]
     seconds: float
+
+    def hardly_learned(self, labels: int) -> str | None:
+        """What to say of a cross entropy over so many labels that scarcely fell, though it is far from 0; else None."""
+        count = max(5, len(self.losses) // 10)
+        if len(self.losses) < 2 * count:
+            return None
+        first, last = statistics.fmean(self.losses[:count]), statistics.fmean(self.losses[-count:])
+        if last < 0.9 * first or last < 0.5 * math.log(labels):
+            return None
+        return (
+            f"the loss went from {first:.3f} to {last:.3f} in {len(self.losses)} steps, so little was learned: raise "
+            "the learning rate or the steps (--set recipe.learning_rate=… recipe.steps=…)"
+        )
 
 
 def fit(
