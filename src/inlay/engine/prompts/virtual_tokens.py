@@ -106,7 +106,7 @@ class VirtualTokens(SharesPrompt):
         if self.code.added:
             return embedded + vectors
         text = (digits == 0).to(embedded.dtype).unsqueeze(-1)  # 1 or 0: quicker than choosing, forwards and backwards
-        return torch.addcmul(vectors, embedded, text)
+        return (embedded * text).add_(vectors)
 
 
 class PromptEntry(SharesPrompt):
