@@ -1,6 +1,6 @@
 # make quickstart   fine-tune a real model on real data, offline once installed
 # make test         everything: lint, types, tests
-# make bench        the benchmarks, side by side with their peers
+# make bench        the benchmarks, side by side with their peers; DATA=FOLDER: those on real tasks too
 # make clean        remove the virtual environment and caches
 
 VENV   := .venv
@@ -29,8 +29,16 @@ types: $(VENV)/.dev
 tests: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -q
 
+# Hours; with DATA a day of CPU time and more.
+ON_DATA := $(addprefix benchmarks/,sst2_against_peft.py qlora_quality.py fewshot_rates.py fewshot.py)
+ALONE   := $(filter-out benchmarks/_% benchmarks/gpu.py benchmarks/report.py $(ON_DATA),$(wildcard benchmarks/*.py))
 bench: $(VENV)/.dev
-	for file in $(filter-out benchmarks/_% benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || exit 1; done
+	for file in $(ALONE) benchmarks/report.py; do $(BIN)/python $$file || exit 1; done
+ifdef DATA
+	for file in $(ON_DATA); do $(BIN)/python $$file --data $(DATA) || exit 1; done
+else
+	@echo "left out, because they need data: $(ON_DATA); make bench DATA=FOLDER runs them too"
+endif
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

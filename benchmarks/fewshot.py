@@ -20,16 +20,15 @@ import hashlib
 import importlib.util
 import json
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from _fewshot_page import page
 
 from inlay.errors import InlayError
 from inlay.fewshot import FewShotRun, fewshot
@@ -204,52 +203,6 @@ def measure(task: str, system: str, shots: int, seed: int, files: dict[str, str]
     }  # fmt: skip
 
 
-def table() -> str:
-    """The page: mean ± standard deviation of the accuracy over the splits, by task, shots and system."""
-    lines = [
-        "# Few-shot systems, measured",
-        "",
-        "Written by `python benchmarks/fewshot.py --table` from `benchmarks/results/fewshot/*.json`. Accuracy in",
-        "percent, mean ± standard deviation over the splits (their number in brackets where it is not 5). The script",
-        "says what was the same for all; nothing was tuned on the test rows. A dash: the system refused, and why is",
-        "below the table.",
-    ]
-    for path in sorted(RESULTS.glob("*.json")):
-        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-        shots = sorted({run["shots"] for run in runs})
-        lines += ["", f"## {path.stem}", ""]
-        figures = ["parameters", "MFLOPs an answer", "CPU s (most shots)"]
-        lines += ["| " + " | ".join(["System", *(f"{k} a class" for k in shots), *figures]) + " |"]
-        lines += ["| --- |" + " ---: |" * (len(shots) + 3)]
-        lines += [_row(system, shots, [run for run in runs if run["system"] == system]) for system in SYSTEMS]
-        refused = dict.fromkeys((run["system"], run["shots"], run["refused"]) for run in runs if "refused" in run)
-        lines += ["", *(f"- {system}, {k} a class: {reason}" for system, k, reason in refused)] if refused else []
-    return "\n".join(line for line in lines if line is not None) + "\n"
-
-
-def _row(system: str, shots: Sequence[int], runs: Sequence[dict[str, Any]]) -> str | None:
-    """A system's line; None where there is no run of it."""
-    if not runs:
-        return None
-    done = [run for run in runs if "refused" not in run]
-    cells = [_cell([run for run in runs if run["shots"] == k]) for k in shots]
-    if not done:
-        return f"| {system} | " + " | ".join([*cells, "", "", ""]) + " |"
-    last = [run["cpu_seconds"] for run in done if run["shots"] == max(r["shots"] for r in done)]
-    shown = f"{max(run['trainable_parameters'] for run in done):,}"
-    shown += f" × {done[0]['adapters']}" if done[0]["adapters"] > 1 else ""
-    flops = statistics.fmean(run["flops"] for run in done) / 1e6
-    return f"| {system} | " + " | ".join([*cells, shown, f"{flops:,.0f}", f"{statistics.fmean(last):.0f}"]) + " |"
-
-
-def _cell(runs: Sequence[dict[str, Any]]) -> str:
-    values = [run["accuracy"] for run in runs if "refused" not in run]
-    if not values:
-        return "—" if runs else ""
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.1f}{spread}" + (f" ({len(values)})" if len(values) != len(SEEDS) else "")
-
-
 def main() -> None:
     """Run what is not in the results yet, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -267,7 +220,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             grid(arguments, Path(scratch))
     TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(table(), encoding="utf-8")
+    TABLE.write_text(page(RESULTS, list(SYSTEMS), len(SEEDS)), encoding="utf-8")
 
 
 def grid(arguments: argparse.Namespace, scratch: Path) -> None:

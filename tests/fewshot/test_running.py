@@ -210,7 +210,7 @@ BAD: list[tuple[dict[str, Any], type[InlayError], str]] = [
     ({"verbalizer": {"neg": "bad", "pos": "goodness"}}, ConfigError, "'goodness' .* is \\d tokens"),
     ({"verbalizer": {"neg": "bad", "pos": "bad"}}, ConfigError, "stands for both"),
     ({"shots": 50}, DataError, "50 rows of each label"),
-    ({"recipe": {"step": 3}}, ConfigError, "no setting 'step'"),
+    ({"recipe": {"step": 3}}, ConfigError, "no setting 'step'; did you mean 'steps'.; it has: steps, batch_size"),
     ({"label": "y"}, DataError, "no column 'y'"),
     ({"peft": ["lorra"]}, InlayError, "lorra"),
 ]

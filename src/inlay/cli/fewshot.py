@@ -45,7 +45,8 @@ def fewshot(
     ] = None,
     out: Annotated[str | None, typer.Option(metavar="DIR", help="The folder (default runs/fewshot-METHOD).")] = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="recipe.learning_rate=1e-3, method.…=…")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="recipe.learning_rate=1e-3, method.…=…; several may follow."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on behind the last finished stage in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
@@ -54,7 +55,8 @@ def fewshot(
     from inlay.fewshot.prompts.verbalizer import Verbalizer
     from inlay.fewshot.run import FewShotRun
 
-    words = [*(verbalizer or []), *(entry for entry in more or [] if "=" in entry)]
+    settings = [entry for entry in more or [] if entry.startswith(("method.", "recipe."))]  # further ones of --set
+    words = [*(verbalizer or []), *(entry for entry in more or [] if "=" in entry and entry not in settings)]
     files = [entry for entry in more or [] if "=" not in entry]
     if len(files) > 1:
         raise ConfigError(f"one file of settings can be given, not {len(files)} ({', '.join(files)})")
@@ -65,7 +67,7 @@ def fewshot(
         "max_length": max_length, "out": out, "group_column": group_column, "baseline": baseline,
         "seeds": _seeds(seeds), "verbalizer": Verbalizer.parse(words).words if words else None,
     }  # fmt: skip
-    sets = [*(changes or []), *([f"recipe.steps={steps}"] if steps is not None else [])]
+    sets = [*(changes or []), *settings, *([f"recipe.steps={steps}"] if steps is not None else [])]
     run = FewShotRun.from_yaml(config, flags, sets)
     from inlay.fewshot import fewshot
 

@@ -193,11 +193,12 @@ def renamed(settings: Mapping[str, Any], aliases: Mapping[str, str], section: st
 
 
 def known_only(names: Iterable[Any], known: Iterable[str], section: str) -> None:
-    """Raise ConfigError for the first key that is not known, with its section and the nearest keys."""
+    """Raise ConfigError for the first key that is not known, with its section and the nearest keys, or all of a few."""
     known = list(known)
+    has = f"; it has: {', '.join(known)}" if 0 < len(known) <= 20 else ""
     for name in names:
         if name not in known:
-            raise ConfigError(f"{section} has no setting {name!r}{did_you_mean(str(name), known)}")
+            raise ConfigError(f"{section} has no setting {name!r}{did_you_mean(str(name), known)}{has}")
 
 
 _BASIC: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
