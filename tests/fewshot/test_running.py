@@ -210,7 +210,7 @@ BAD: list[tuple[dict[str, Any], type[InlayError], str]] = [
     ({"verbalizer": {"neg": "bad", "pos": "goodness"}}, ConfigError, "'goodness' .* is \\d tokens"),
     ({"verbalizer": {"neg": "bad", "pos": "bad"}}, ConfigError, "stands for both"),
     ({"shots": 50}, DataError, "50 rows of each label"),
-    ({"recipe": {"step": 3}}, ConfigError, "no setting 'step'; did you mean 'steps'.; it has: steps, batch_size"),
+    ({"recipe": {"step": 3}}, ConfigError, "no setting 'step'.*; it has: steps, batch_size"),
     ({"label": "y"}, DataError, "no column 'y'"),
     ({"peft": ["lorra"]}, InlayError, "lorra"),
 ]
@@ -386,9 +386,11 @@ def test_the_command_runs_predicts_and_explains(
         "fewshot", "--method", "prompt", "--model", str(bert_folder), "--train", str(data / "train.jsonl"),
         "--test", str(data / "test.jsonl"), "--template", "{text} it was {mask}.", "--verbalizer", "neg=bad",
         "pos=good",
+        "--set", "recipe.batch_size=3", "recipe.warmup=0.5",
         "--shots", "2", "--seeds", "2", "--steps", "2", "--max-length", "32", "--out", out,
     ]  # fmt: skip
     assert app.run(arguments, debug=True) == 0
+    assert FewShotRun.from_yaml(Path(out) / "fewshot.yaml").recipe == {"batch_size": 3, "warmup": 0.5, "steps": 2}
     printed = capsys.readouterr().out
     assert "accuracy" in printed
     assert f"next         inlay predict {out} --data FILE" in printed
