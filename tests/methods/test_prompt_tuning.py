@@ -17,6 +17,7 @@ from torch import Tensor
 import inlay
 from inlay import PromptTuning
 from inlay.engine.prompts.entry import encoder_of
+from inlay.engine.prompts.virtual_tokens import PromptEntry
 from inlay.errors import ConfigError, UnsupportedError
 
 DECODERS = ["gpt2", "gpt-neox", "opt", "llama", "mistral", "qwen2", "gemma", "gemma3", "phi", "deepseek-v3"]
@@ -155,6 +156,30 @@ def test_spans_choices_tuples_and_embeddings() -> None:
     some = torch.tensor([1, 4])
     torch.testing.assert_close(model(TEXT, logits_to_keep=some).logits, base(before(TEXT)).logits[:, some + N], **CLOSE)
     torch.testing.assert_close(model(TEXT, logits_to_keep=2).logits, base(before(TEXT)).logits[:, -2:], **CLOSE)
+
+
+def test_the_head_does_not_score_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, base = reading(host("llama", "causal"))
+    seen = list[int]()
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    embedded = base.get_input_embeddings()(TEXT)
+    for inputs in ({"input_ids": TEXT}, {"inputs_embeds": embedded}):
+        found = model(**inputs, labels=TEXT)
+        expected = base(before(TEXT), labels=before(TEXT, -100))
+        torch.testing.assert_close((found.loss, found.logits), (expected.loss, expected.logits[:, N:]), **CLOSE)
+        torch.testing.assert_close(model(**inputs, logits_to_keep=0).logits, found.logits, **CLOSE)
+        model(**inputs)
+    # The place before the text foretells its first token; a caller who says 0 gets all, as ever.
+    assert seen == [LENGTH + 1, LENGTH + N, LENGTH] * 2
+    inlay.attach(model, PromptTuning(num_virtual_tokens=2, init="zeros"), name="second")
+    inlay.activate(model, "default", "second")
+    seen.clear()
+    found = model(TEXT, labels=TEXT)
+    assert seen == [LENGTH + 3] or seen == [LENGTH + N + 1]  # all but the inner one's
+    monkeypatch.setattr(PromptEntry, "scores_prompt", True)
+    expected = model(TEXT, labels=TEXT)
+    torch.testing.assert_close((found.loss, found.logits), (expected.loss, expected.logits), **CLOSE)
+    assert seen[-1] == LENGTH + N + 2
 
 
 # -- ways of running ---------------------------------------------------------------------------------------------------

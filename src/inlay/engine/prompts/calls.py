@@ -58,6 +58,18 @@ def lengthen_companions(call: dict[str, Any], count: int, shape: torch.Size) -> 
         call["logits_to_keep"] = call["logits_to_keep"] + count
 
 
+def leave_prompt_unscored(call: dict[str, Any], count: int, length: int) -> None:
+    """Ask a language model's head for the text's `length` positions alone, and with labels for the one before, which
+    foretells the text's first token; `count` virtual tokens stand there. Not where the caller says what is to be kept.
+    """
+    labels = call.get("labels")
+    fits = labels is None or (labels.ndim == 2 and labels.shape[-1] == count + length)
+    if call.get("logits_to_keep") is None and call.get("shift_labels") is None and fits:
+        call["logits_to_keep"] = length + (labels is not None)
+        if labels is not None:
+            call["labels"] = labels[:, count - 1 :]
+
+
 def cached_length(call: dict[str, Any]) -> int:
     """Positions that the call's cache holds. A cache of fixed size is refused: it has no room for a prompt."""
     cache = call.get("past_key_values")

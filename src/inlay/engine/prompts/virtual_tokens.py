@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,9 @@ class PromptEntry(SharesPrompt):
     `keep` the output stays as long as it is: it is an encoder's, and the decoder attends to the prompt as well.
     """
 
+    scores_prompt: ClassVar[bool] = False
+    """Whether logits are wanted at the prompt's own positions."""
+
     def __init__(
         self,
         prompt: nn.Module,
@@ -189,6 +192,8 @@ class PromptEntry(SharesPrompt):
             embeds = call["inputs_embeds"]
             call["inputs_embeds"] = torch.cat((self.vectors(digits, embeds.dtype), embeds), dim=-2)
         calls.lengthen_companions(call, count, text.shape)
+        if innermost and not self.keep and not self.scores_prompt and "logits_to_keep" in self.arguments:
+            calls.leave_prompt_unscored(call, count, length)
 
     def add(self, call: dict[str, Any], length: int) -> None:
         """Mark the first tokens of each text (padding aside), at whichever step of a generation they come."""

@@ -66,6 +66,7 @@ class Projection(Controller):
 class ContextEntry(PromptEntry):
     """The prompt's entry, which also learns from the labels inside the prompt. A causal language model's."""
 
+    scores_prompt = True
     tokens: tuple[int, ...] = ()
     types: tuple[int, ...] = ()
     decay: float = 1.0
