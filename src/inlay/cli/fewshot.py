@@ -55,19 +55,16 @@ def fewshot(
     from inlay.fewshot.prompts.verbalizer import Verbalizer
     from inlay.fewshot.run import FewShotRun
 
-    settings = [entry for entry in more or [] if entry.startswith(("method.", "recipe."))]  # further ones of --set
-    words = [*(verbalizer or []), *(entry for entry in more or [] if "=" in entry and entry not in settings)]
-    files = [entry for entry in more or [] if "=" not in entry]
-    if len(files) > 1:
-        raise ConfigError(f"one file of settings can be given, not {len(files)} ({', '.join(files)})")
-    config: Any = files[0] if files else (Path(out) / "fewshot.yaml" if resume and out and train is None else None)
+    file, further_words, further_settings = _told_apart(more or [])
+    words = [*(verbalizer or []), *further_words]
+    config: Any = file or (Path(out) / "fewshot.yaml" if resume and out and train is None else None)
     flags: dict[str, Any] = {
         "method": method, "model": model, "train": train, "unlabelled": unlabeled, "test": test, "templates": template,
         "find_words": find_words, "text": text, "label": label, "shots": shots, "per": per, "peft": peft,
         "max_length": max_length, "out": out, "group_column": group_column, "baseline": baseline,
         "seeds": _seeds(seeds), "verbalizer": Verbalizer.parse(words).words if words else None,
     }  # fmt: skip
-    sets = [*(changes or []), *settings, *([f"recipe.steps={steps}"] if steps is not None else [])]
+    sets = [*(changes or []), *further_settings, *([f"recipe.steps={steps}"] if steps is not None else [])]
     run = FewShotRun.from_yaml(config, flags, sets)
     from inlay.fewshot import fewshot
 
@@ -91,6 +88,16 @@ def explain(
         raise ConfigError('nothing to explain: give texts, inlay explain DIR "A fine film.", or --data FILE')
     for explanation in explain(folder, texts or data, seed=seed, top=top, rows=None if texts else rows):
         typer.echo(f"{explanation}\n")
+
+
+def _told_apart(more: list[str]) -> tuple[str | None, list[str], list[str]]:
+    """Of the arguments without a flag: the file of settings, further words of the labels, and what follows --set."""
+    files = [entry for entry in more if "=" not in entry]
+    if len(files) > 1:
+        raise ConfigError(f"one file of settings can be given, not {len(files)} ({', '.join(files)})")
+    settings = [entry for entry in more if "=" in entry and entry.startswith(("method.", "recipe."))]
+    words = [entry for entry in more if "=" in entry and entry not in settings]
+    return next(iter(files), None), words, settings
 
 
 def _seeds(given: str | None) -> Any:
