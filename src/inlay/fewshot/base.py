@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,12 @@ class Base:
         seed: int,
         labels: int = 0,
         start: str | Path | None = None,
+        prepare: Callable[[PreTrainedModel, Sequence[Method]], Sequence[Method]] = lambda model, methods: methods,
     ) -> Iterator[PreTrainedModel]:
         """The model with a fresh adapter (and, where its head is new, a fresh head) in it; taken out at the end.
 
-        With `start` the adapter has the values of a saved one (`learning/warm_start.py`).
+        With `start` the adapter has the values of a saved one (`learning/warm_start.py`). `prepare` may change the
+        methods once it has the model as it is before they are attached (`learning/data_start.py`).
         """
         model = self.model(auto, labels)
         fresh = sorted({name.rpartition(".")[0] for name in getattr(model, "fresh_parameters", ())})
@@ -105,7 +107,7 @@ class Base:
             torch.manual_seed(seed)
             for path in fresh:
                 _draw(model, path)
-            attach(model, list(methods), modules_to_save=whole)
+            attach(model, list(prepare(model, methods)), modules_to_save=whole)
         try:
             if start is not None:
                 start_from(model, start)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from inlay.fewshot.base import Base
 from inlay.fewshot.methods.restricted_head import restricted_to
 from inlay.fewshot.predictor import Predictor, Solution
+from inlay.fewshot.prompts.encoding import Encoded
 from inlay.fewshot.prompts.template import Row
 from inlay.fewshot.scorers.mask import MaskScorer
 from inlay.fewshot.scorers.scorer import on
@@ -48,7 +51,7 @@ def _asked(base: Base, predictor: Predictor, rows: Sequence[Row], top: int) -> l
     encoded = scorer.encode(rows, shown)
     words: list[list[list[tuple[str, float]]]] = [[] for _ in rows]
     if isinstance(scorer, MaskScorer):
-        with base.holding(scorer.auto, predictor.adapter, len(scorer.labels)) as model, evaluating(model):
+        with predictor.holding(base) as model, evaluating(model):
             device, tokens = next(model.parameters()).device, restricted_to(model)
             for index, row in enumerate(encoded):
                 logits = scorer.mask_logits(model, on(device, scorer.collate([row])))[0].float()
@@ -62,10 +65,21 @@ def _asked(base: Base, predictor: Predictor, rows: Sequence[Row], top: int) -> l
                 ]
     return [
         Explanation(
-            prompt=str(scorer.tokenizer.decode(row.ids)),
+            prompt=_text(scorer.tokenizer, row),
             label=scorer.labels[int(torch.argmax(found))],
             scores=dict(zip(scorer.labels, found.tolist(), strict=True)),
             words=words[index],
         )
         for index, (row, found) in enumerate(zip(encoded, probabilities, strict=True))
     ]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> str:
+    """What the tokens say; [soft] is a trained vector, for which some special token holds the place."""
+    slots = {place for place, _ in row.slots}
+    runs = [list(run) for _, run in itertools.groupby(range(len(row)), lambda place: place in slots)]
+    parts = [
+        " ".join("[soft]" for _ in run) if run[0] in slots else str(tokenizer.decode([row.ids[place] for place in run]))
+        for run in runs
+    ]
+    return parts[0] if len(parts) == 1 else " ".join(part.strip() for part in parts)

@@ -8,6 +8,7 @@ no padding is in the count, and what a scorer shares between choices counts once
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -37,13 +38,29 @@ def cost(solution: Solution, base: Base, rows: Sequence[Row]) -> Cost:
     """The mean cost of answering these rows: a few that are like all others will do. Raises DataError without rows."""
     if not rows:
         raise DataError("there are no rows to count the cost of an answer on: give at least one")
-    counter: Any = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        solution.scores(base, rows, batch_size=1)
-    tokens = sum(
-        len(example)
-        for predictor in solution.predictors
-        for shown in predictor.shown(base, rows)
-        for example in predictor.scorer.encode(rows, shown)
-    )
-    return Cost(counter.get_total_flops() / len(rows), tokens / len(rows), len(rows))
+    operations = tokens = 0
+    with sdpa_kernel(SDPBackend.MATH):
+        for predictor in solution.predictors:
+            with _Counter() as counter:  # finding each row's demonstrations is part of its answer, loading is not
+                sets = predictor.shown(base, rows)
+            operations += counter.get_total_flops()
+            with predictor.holding(base) as model, _Counter() as counter:
+                for shown in sets:
+                    predictor.scorer.scores(model, rows, demonstrations=shown, batch_size=1)
+            operations += counter.get_total_flops()
+            tokens += sum(len(example) for shown in sets for example in predictor.scorer.encode(rows, shown))
+    return Cost(operations / len(rows), tokens / len(rows), len(rows))
+
+
+class _Everywhere(contextlib.nullcontext[None]):
+    """In place of the tracker of modules, which fails where a module is given a trained parameter without gradients."""
+
+    parents = ("Global",)
+
+
+class _Counter(FlopCounterMode):
+    """Counts all operations together."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.mod_tracker: Any = _Everywhere()

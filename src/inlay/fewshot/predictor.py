@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,12 @@ class Predictor:
     def each_set(self, base: Base, rows: Sequence[Row], *, batch_size: int = 64) -> list[Tensor]:
         """The scores (rows, labels) with each set of demonstrations, without the offset."""
         sets = self.shown(base, rows)
-        with base.holding(self.scorer.auto, self.adapter, len(self.scorer.labels)) as model:
+        with self.holding(base) as model:
             return [self.scorer.scores(model, rows, demonstrations=shown, batch_size=batch_size) for shown in sets]
+
+    def holding(self, base: Base) -> AbstractContextManager[PreTrainedModel]:
+        """The model with the adapter in it."""
+        return base.holding(self.scorer.auto, self.adapter, len(self.scorer.labels))
 
     def shown(self, base: Base, rows: Sequence[Row]) -> Sequence[Shown]:
         """For each set the demonstrations of each row; one set of none where nothing is shown."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from inlay.engine.checkpoint import save
 from inlay.engine.piece import Method
 from inlay.errors import ConfigError
 from inlay.fewshot.base import Base
+from inlay.fewshot.learning.data_start import shown
 from inlay.fewshot.learning.fitting import Demonstrator, Fit, Recipe, fit
 from inlay.fewshot.learning.objectives import Objective
 from inlay.fewshot.predictor import Predictor, Solution
@@ -121,14 +124,17 @@ class Problem:
 
         def make(folder: Path) -> dict[str, Any]:
             with (
-                self.base.adapted(scorer.auto, chosen, seed=seed, labels=len(self.labels), start=start) as model,
-                stages.watch(name, recipe.steps) as shown,
-            ):
+                self.base.adapted(
+                    scorer.auto, chosen, seed=seed, labels=len(self.labels), start=start,
+                    prepare=functools.partial(self._shown, scorer, (rows, targets)),
+                ) as model,
+                stages.watch(name, recipe.steps) as watched,
+            ):  # fmt: skip
                 trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
                 count = trained if recipe.steps else 0  # asked as it is: no training
                 done: Fit = fit(
                     model, scorer, rows, targets, objective=objective, recipe=recipe, seed=seed,
-                    demonstrator=demonstrator, each_step=_both(shown, each_step),
+                    demonstrator=demonstrator, each_step=_both(watched, each_step),
                 )  # fmt: skip
                 save(model, folder / ADAPTER)
             plain = objective is None and not isinstance(targets, Tensor)  # others have floors that are not 0
@@ -142,6 +148,20 @@ class Problem:
             objective=repr(objective or scorer.objective()), **(depends or {}),
         )  # fmt: skip
         return Predictor(scorer=scorer, adapter=stages.folder / name / ADAPTER)
+
+    def _shown(
+        self,
+        scorer: Scorer,
+        data: tuple[Sequence[Row], Sequence[str] | Tensor],
+        model: PreTrainedModel,
+        methods: Sequence[Method],
+    ) -> list[Method]:
+        """The methods after a look at rows: the labelled ones, whatever an adapter learns from, where there are any.
+
+        So an adapter that starts as another one has its places, whatever the rows, seed and recipe of its training.
+        """
+        seen = (self.train.rows, self.train.labels) if len(self.train) else data
+        return shown(methods, model, scorer, *seen, batch_size=self.recipe.batch_size, seed=self.seed)
 
 
 def _both(first: EachStep, second: EachStep) -> EachStep:

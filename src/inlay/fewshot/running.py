@@ -42,6 +42,7 @@ from inlay.tasks.labels import check_known, label_name, sort_labels
 from inlay.train.arguments import default_learning_rate
 from inlay.train.files import write_json, write_text
 from inlay.train.record import duration
+from inlay.train.settings import known_only
 
 COSTED = 8
 """Rows on which the cost of an answer is counted."""
@@ -143,7 +144,7 @@ def prepare(run: FewShotRun) -> Ready:
     fields = {name: value for name, value in run.method.items() if name != "kind"}
     chosen = system_class(kind)
     known = [field.name for field in dataclasses.fields(chosen)]  # type: ignore[arg-type]
-    _known(fields, known, f"method {kind}")
+    known_only(fields, known, f"method {kind}")
     system = chosen(**fields)
     templates = tuple(Template(source) for source in run.templates)
     splits = dict(read_splits(run.train))
@@ -316,17 +317,11 @@ def _methods(run: FewShotRun, system: System) -> list[Any]:
 
 def _recipe(run: FewShotRun, system: System) -> Recipe:
     known = [field.name for field in dataclasses.fields(Recipe)]
-    _known(run.recipe, known, "recipe")
+    known_only(run.recipe, known, "recipe")
     methods = _methods(run, system)
     rate = {"learning_rate": default_learning_rate(methods)} if methods else {}
     own = dict(system.recipe) if run.peft is None else {k: v for k, v in system.recipe.items() if k != "learning_rate"}
     return Recipe(**{**rate, **own, **run.recipe})
-
-
-def _known(fields: Mapping[str, Any], known: Sequence[str], what: str) -> None:
-    from inlay.train.settings import known_only
-
-    known_only(fields, known, what)
 
 
 def _one(path: str) -> Dataset:

@@ -9,6 +9,7 @@ from torch import nn
 
 from inlay.engine.adapters import adapters_of, detach
 from inlay.engine.checkpoint import load
+from inlay.engine.piece import Piece
 from inlay.errors import CheckpointError, ConfigError
 
 OWN, OTHER = "default", "start"
@@ -23,15 +24,15 @@ def start_from(model: nn.Module, folder: str | Path) -> None:
     load(model, folder, name=OTHER)
     try:
         adapters = adapters_of(model)
-        theirs = {
-            (method.kind, site.name): piece
-            for method, placed in zip(adapters.get(OTHER).methods, adapters.get(OTHER).placed, strict=True)
-            for site, piece in placed
-        }
+        theirs: dict[tuple[str, str], list[Piece]] = {}  # a reversible block has two of one kind at one place
+        for method, placed in zip(adapters.get(OTHER).methods, adapters.get(OTHER).placed, strict=True):
+            for site, piece in placed:
+                theirs.setdefault((method.kind, site.name), []).append(piece)
         own = adapters.get(OWN)
         for method, placed in zip(own.methods, own.placed, strict=True):
             for site, piece in placed:
-                other = theirs.get((method.kind, site.name))
+                like = theirs.get((method.kind, site.name))
+                other = like.pop(0) if like else None
                 if method.kind == "restricted_head" and _words(other) != _words(piece):
                     continue
                 if other is None:

@@ -94,7 +94,7 @@ class LiST(System):
 
     def taught(self, problem: Problem, stages: Stages, scorer: Scorer) -> Predictor:
         """The last session's student, for one pattern."""
-        head = language_head(problem.base.model(scorer.auto)) if self.head else None
+        head = language_head(problem.base.model(scorer.auto), problem.methods) if self.head else None
         methods = problem.methods if head is None else (*problem.methods, head)
         trained = functools.partial(problem.trained, methods=methods)
         teacher = trained(stages, "teacher", scorer)
