@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import t
 
 Run = dict[str, Any]
 QUESTIONS = {
@@ -21,26 +23,38 @@ QUESTIONS = {
 """What is asked, and whose accuracy less whose answers it."""
 
 
-def page(results: Path, systems: Sequence[str], splits: int) -> str:
+def read(results: Path) -> dict[str, list[Run]]:
+    """Each task's runs."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8"))["runs"] for path in sorted(results.glob("*.json"))}
+
+
+def page(runs: Mapping[str, Sequence[Run]], systems: Sequence[str], splits: int) -> str:
     """Differences within the splits first, then mean ± standard deviation by task, shots and system."""
-    runs = {path.stem: json.loads(path.read_text(encoding="utf-8"))["runs"] for path in sorted(results.glob("*.json"))}
     lines = [
         "# Few-shot systems, measured",
         "",
         "Written by `python benchmarks/fewshot.py --table` from `benchmarks/results/fewshot/*.json`. Accuracy in",
         "percent. The script says what was the same for all; nothing was tuned on the test rows.",
+        "What the figures say: [benchmarks](../benchmarks.md#few-labels).",
+        "",
+        "![Accuracy by rows a class](few-shot.svg)",
         "",
         "## What they differ by",
         "",
-        "Points of accuracy, the mean over all splits and sizes that both systems have been run on ± its standard",
-        "error (how many there were in brackets). Within twice the standard error of 0 nothing is shown.",
+        "Points of accuracy, the mean over the splits that both systems have been run on ± its standard error (the",
+        f"number of splits in brackets where it is not {splits}). Bold: beyond what chance gives one such figure in",
+        "twenty (Student's t, two-sided), so that a few of so many are bold by chance alone.",
         "",
-        "| | " + " | ".join(runs) + " |",
-        "| --- |" + " ---: |" * len(runs),
+        "| | rows a class | " + " | ".join(runs) + " |",
+        "| --- | ---: |" + " ---: |" * len(runs),
     ]
+    sizes = sorted({run["shots"] for found in runs.values() for run in found})
     for question, pair in QUESTIONS.items():
-        name = f"{question} ({pair[0]} − {pair[1]})"
-        lines.append("| " + " | ".join([name, *(_difference(found, *pair) for found in runs.values())]) + " |")
+        for shots in sizes:
+            cells = [_cell_of(difference(found, *pair, shots), splits) for found in runs.values()]
+            if any(cells):
+                name = f"{question} ({pair[0]} − {pair[1]})" if shots == sizes[0] else ""
+                lines.append("| " + " | ".join([name, str(shots), *cells]) + " |")
     lines += ["", "## All figures", "", "Mean ± standard deviation over the splits (their number in brackets where it"]
     lines += [f"is not {splits}). A dash: the system refused, and why is below the table."]
     for task, found in runs.items():
@@ -48,18 +62,25 @@ def page(results: Path, systems: Sequence[str], splits: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _difference(runs: Sequence[Run], one: str, other: str) -> str:
-    """The mean of one system's accuracy less the other's on the same rows, and its standard error."""
-    known = {(run["system"], run["shots"], run["seed"]): run["accuracy"] for run in runs if "refused" not in run}
-    points = [
-        100 * (accuracy - known[other, shots, seed])
-        for (system, shots, seed), accuracy in known.items()
-        if system == one and (other, shots, seed) in known
-    ]
+def difference(runs: Sequence[Run], one: str, other: str, shots: int) -> list[float]:
+    """Points of accuracy of one system less the other's, for each split that both have."""
+    known = {
+        (run["system"], run["seed"]): run["accuracy"] for run in runs if "refused" not in run and run["shots"] == shots
+    }
+    seeds = sorted(seed for system, seed in known if system == one and (other, seed) in known)
+    return [100 * (known[one, seed] - known[other, seed]) for seed in seeds]
+
+
+def _cell_of(points: Sequence[float], splits: int) -> str:
+    """Mean ± standard error of some differences."""
     if not points:
-        return "—"
-    error = f" ± {statistics.stdev(points) / len(points) ** 0.5:.1f}" if len(points) > 1 else ""
-    return f"{statistics.fmean(points):+.1f}{error} ({len(points)})"
+        return ""
+    mean, count = statistics.fmean(points), f" ({len(points)})" if len(points) != splits else ""
+    if len(points) == 1:
+        return f"{mean:+.1f}{count}"
+    error = statistics.stdev(points) / len(points) ** 0.5
+    shown = f"{mean:+.1f} ± {error:.1f}"
+    return (f"**{shown}**" if abs(mean) > float(t.ppf(0.975, len(points) - 1)) * error else shown) + count
 
 
 def _table(task: str, runs: Sequence[Run], systems: Sequence[str], splits: int) -> list[str]:

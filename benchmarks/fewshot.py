@@ -28,7 +28,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from _fewshot_page import page
+from _fewshot_chart import draw
+from _fewshot_page import page, read
 
 from inlay.errors import InlayError
 from inlay.fewshot import FewShotRun, fewshot
@@ -220,7 +221,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             grid(arguments, Path(scratch))
     TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(page(RESULTS, list(SYSTEMS), len(SEEDS)), encoding="utf-8")
+    runs = read(RESULTS)
+    TABLE.write_text(page(runs, list(SYSTEMS), len(SEEDS)), encoding="utf-8")
+    draw(runs, TABLE.with_suffix(".svg"))
 
 
 def grid(arguments: argparse.Namespace, scratch: Path) -> None:
