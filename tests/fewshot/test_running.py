@@ -386,11 +386,13 @@ def test_the_command_runs_predicts_and_explains(
         "fewshot", "--method", "prompt", "--model", str(bert_folder), "--train", str(data / "train.jsonl"),
         "--test", str(data / "test.jsonl"), "--template", "{text} it was {mask}.", "--verbalizer", "neg=bad",
         "pos=good",
-        "--set", "recipe.batch_size=3", "recipe.warmup=0.5",
+        "--set", "recipe.batch_size=3", "recipe.warmup=0.5", "unlabelled_rows=5",
         "--shots", "2", "--seeds", "2", "--steps", "2", "--max-length", "32", "--out", out,
     ]  # fmt: skip
     assert app.run(arguments, debug=True) == 0
-    assert FewShotRun.from_yaml(Path(out) / "fewshot.yaml").recipe == {"batch_size": 3, "warmup": 0.5, "steps": 2}
+    made = FewShotRun.from_yaml(Path(out) / "fewshot.yaml")
+    assert made.recipe == {"batch_size": 3, "warmup": 0.5, "steps": 2}
+    assert made.unlabelled_rows == 5
     printed = capsys.readouterr().out
     assert "accuracy" in printed
     assert f"next         inlay predict {out} --data FILE" in printed

@@ -9,6 +9,8 @@ import typer
 
 from inlay.errors import ConfigError
 
+SETTINGS = ("method.", "recipe.", "dtype=", "dev=", "unlabelled_rows=")
+"""What begins so is a setting, with or without --set before it: all else is a label with its word."""
 WORDS = "Label and word, such as neg=terrible (or neg=terrible,awful); several may follow."
 
 
@@ -95,8 +97,9 @@ def _told_apart(more: list[str]) -> tuple[str | None, list[str], list[str]]:
     files = [entry for entry in more if "=" not in entry]
     if len(files) > 1:
         raise ConfigError(f"one file of settings can be given, not {len(files)} ({', '.join(files)})")
-    settings = [entry for entry in more if "=" in entry and entry.startswith(("method.", "recipe."))]
-    words = [entry for entry in more if "=" in entry and entry not in settings]
+    given = [entry for entry in more if "=" in entry]
+    settings = [entry for entry in given if entry.startswith(SETTINGS)]
+    words = [entry for entry in given if entry not in settings]
     return next(iter(files), None), words, settings
 
 

@@ -73,7 +73,7 @@ class Verbalizer:
         """The same in the order of `labels`. ConfigError for a label without a word or a word without a label."""
         missing = [label for label in labels if label not in self.words]
         if missing:
-            near = did_you_mean(missing[0], self.words)
+            near = did_you_mean(missing[0], [label for label in self.words if label not in labels])
             raise ConfigError(
                 f"the label {missing[0]!r} has no word{near}: the verbalizer has {', '.join(self.words)}, "
                 f"the data {', '.join(labels)}"
