@@ -9,7 +9,7 @@ import typer
 
 from inlay.errors import ConfigError
 
-SETTINGS = ("method.", "recipe.", "dtype=", "dev=", "unlabelled_rows=")
+SETTINGS = ("method.", "recipe.", "dtype=", "load=", "dev=", "unlabelled_rows=")
 """What begins so is a setting, with or without --set before it: all else is a label with its word."""
 WORDS = "Label and word, such as neg=terrible (or neg=terrible,awful); several may follow."
 

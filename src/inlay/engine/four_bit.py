@@ -39,6 +39,12 @@ def hold_codes(model: nn.Module, training: bool) -> None:
         module.__dict__[SWITCH] = able and not training
 
 
+def never_pack(model: nn.Module) -> None:
+    """Keep the codes as they are stored for good: of a base that is asked and trained on in turns."""
+    for _, module in _switched(model):
+        module.__dict__[SWITCH] = False
+
+
 def let_go(model: nn.Module) -> None:
     """bitsandbytes' switches as they were before the first adapter came."""
     for _, module in _switched(model):

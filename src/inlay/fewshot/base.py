@@ -26,12 +26,14 @@ from transformers import (
 
 from inlay.engine.adapters import attach, detach
 from inlay.engine.checkpoint import load
+from inlay.engine.four_bit import never_pack
 from inlay.engine.piece import Method
 from inlay.engine.roles import new_heads
 from inlay.errors import ConfigError, did_you_mean
 from inlay.fewshot.learning.warm_start import start_from
 from inlay.tasks.batches import check_fit
 from inlay.tasks.loading import load_pretrained, load_tokenizer
+from inlay.tasks.quantised import loading
 from inlay.train.trainer import untouched_random_states
 
 AUTO = {
@@ -50,6 +52,8 @@ class Base:
     source: str
     dtype: str = "float32"
     device: str = "auto"
+    load: str = "auto"
+    """How it is held: as saved (auto), 4bit (QLoRA's) or 8bit."""
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -69,13 +73,16 @@ class Base:
             with untouched_random_states():
                 torch.manual_seed(0)  # a new head is drawn anew by `adapted`; until then it is the same everywhere
                 made = load_pretrained(
-                    AUTO[auto], self.source, purpose=auto, new_head=auto == "head", dtype=getattr(torch, self.dtype),
+                    AUTO[auto], self.source, purpose=auto, new_head=auto == "head", **loading(self.load, self.dtype),
                     **options,
                 )  # fmt: skip
+            never_pack(made)
             check_fit(made, self.tokenizer, 1)
             self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, _places(made))
             chosen = "cuda" if torch.cuda.is_available() else "cpu"
-            placed: Any = made.to(chosen if self.device == "auto" else self.device)  # type: ignore[arg-type]
+            placed: Any = made
+            if self.load == "auto":  # bitsandbytes has placed the others
+                placed = placed.to(chosen if self.device == "auto" else self.device)
             self._models[key] = placed.eval()
         return self._models[key]
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,8 +62,25 @@ class _Everywhere(contextlib.nullcontext[None]):
 
 
 class _Counter(FlopCounterMode):
-    """Counts all operations together."""
+    """Counts all operations together, those of bitsandbytes' quantised linears too."""
 
     def __init__(self) -> None:
-        super().__init__(display=False)
+        super().__init__(display=False, custom_mapping=_unknown_to_torch())
         self.mod_tracker: Any = _Everywhere()
+
+
+def _unknown_to_torch() -> dict[Any, Callable[..., int]]:
+    """Products that torch's counter passes over, and their operations, by the shapes of their arguments."""
+    found: dict[Any, Callable[..., int]] = {
+        torch.ops.aten.addmm_: lambda added, x, weight, *_, **__: 2 * math.prod(x) * weight[1]
+    }
+    if "bitsandbytes" in sys.modules:
+        products: dict[str, Callable[..., int]] = {
+            "gemm_4bit": lambda x, codes, weight, *_, **__: 2 * math.prod(x) * weight[0],
+            "gemv_4bit": lambda x, codes, weight, *_, **__: 2 * math.prod(x) * weight[0],
+            "int8_scaled_mm": lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
+            "int8_mixed_scaled_mm": lambda x, rounded, weight, *_, **__: 2 * math.prod(x) * weight[0],
+        }
+        ours = torch.ops.bitsandbytes
+        found |= {getattr(ours, name): count for name, count in products.items() if hasattr(ours, name)}
+    return found

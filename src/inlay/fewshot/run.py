@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from inlay.errors import ConfigError, did_you_mean
+from inlay.tasks.quantised import check_load
 from inlay.train import settings as read
 
 RUN_FILE = "fewshot.yaml"
@@ -75,6 +76,8 @@ class FewShotRun:
     """Whether in-context learning is measured beside, on some of the test rows."""
     dtype: str = "float32"
     """Of the base model's weights."""
+    load: str = "auto"
+    """How the base is held: auto (as saved), 4bit (NF4, as in QLoRA) or 8bit; then dtype is what it computes in."""
     out: str = ""
     """The folder to leave everything in; by default runs/fewshot-<method>."""
 
@@ -106,6 +109,7 @@ class FewShotRun:
             raise ConfigError("find_words looks for the labels' words, and the verbalizer gives them: leave one out")
         if self.per not in ("class", "total"):
             raise ConfigError(f"per={self.per!r}: shots are counted per class or in total")
+        check_load(self.load)
         if self.dtype not in (dtypes := ["float32", "bfloat16", "float16"]):
             raise ConfigError(f"dtype must be one of {', '.join(dtypes)}; got {self.dtype!r}")
 

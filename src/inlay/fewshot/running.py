@@ -169,7 +169,7 @@ def prepare(run: FewShotRun) -> Ready:
         )
     source = str(embedded_model()) if run.model is None else run.model
     ready = Ready(
-        run=run, system=system, base=Base(source, run.dtype), labels=labels, label=label, train=train,
+        run=run, system=system, base=Base(source, run.dtype, load=run.load), labels=labels, label=label, train=train,
         unlabelled=unlabelled, test=splits.get("test"), templates=templates, verbalizer=verbalizer, text=text,
         recipe=_recipe(run, system), groups=_groups(run, system, train, splits.get("test")),
     )  # fmt: skip

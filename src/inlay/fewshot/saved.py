@@ -60,7 +60,7 @@ def open_few_shot(folder: str | Path, seed: int | None = None) -> Opened:
         raise CheckpointError(f"seed {chosen} of the run in {folder} has not ended: go on with --resume")
     try:
         fields = json.loads((place / SOLUTION_FILE).read_text(encoding="utf-8"))
-        base = Base(str(embedded_model()) if run.model is None else run.model, run.dtype)
+        base = Base(str(embedded_model()) if run.model is None else run.model, run.dtype, load=run.load)
         return Opened(run, base, Solution.from_dict(fields, place, base))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{place / SOLUTION_FILE} is damaged ({error!r})") from error
