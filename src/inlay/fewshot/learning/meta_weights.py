@@ -51,8 +51,8 @@ def gains(model: nn.Module, losses: Callable[[], Tensor], loss: Callable[[], Ten
     """u_i = ⟨∇ loss, ∇ losses_i⟩ over the model's trainable parameters, (rows,); no gradient is left anywhere.
 
     `losses()` (rows,) and `loss()` (a number) ask the model as it stands. `way`: "forward" is exact; "difference" is
-    (l_i(θ + h g) − l_i(θ − h g)) / 2h, where h = c / ‖g‖² changes the loss by c, the cube root of the machine's
-    epsilon, but θ by no more than c of its length; None: the first, unless it does not go through.
+    (l_i(θ + h g) − l_i(θ − h g)) / 2h, where h = c / ‖g‖² changes the loss by c, the cube root of the epsilon of
+    the model's coarsest numbers, but θ by no more than c of its length; None: the first, unless it does not go through.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with in_mode(model, training=False):
@@ -63,13 +63,13 @@ def gains(model: nn.Module, losses: Callable[[], Tensor], loss: Callable[[], Ten
             for (name, parameter), slope in zip(named.items(), found, strict=True)
         }
         if way == "difference" or (way is None and _recurrent(model)):
-            return _by_difference(named, slopes, losses)
+            return _by_difference(named, slopes, losses, _coarsest(model))
         try:
             return _by_forward_mode(model, named, slopes, losses)
         except (RuntimeError, NotImplementedError):  # what torch raises for an operation without a forward mode
             if way == "forward":
                 raise
-            return _by_difference(named, slopes, losses)
+            return _by_difference(named, slopes, losses, _coarsest(model))
 
 
 class _Asked(nn.Module):
@@ -103,12 +103,14 @@ def _by_forward_mode(
 
 
 @torch.no_grad()
-def _by_difference(named: dict[str, nn.Parameter], slopes: dict[str, Tensor], losses: Callable[[], Tensor]) -> Tensor:
+def _by_difference(
+    named: dict[str, nn.Parameter], slopes: dict[str, Tensor], losses: Callable[[], Tensor], epsilon: float
+) -> Tensor:
     length = torch.stack([slope.double().norm() for slope in slopes.values()]).norm().item()
     if length == 0:
         return torch.zeros_like(losses())
     size = torch.stack([parameter.double().norm() for parameter in named.values()]).norm().item()
-    change = torch.finfo(next(iter(named.values())).dtype).eps ** (1 / 3)
+    change = epsilon ** (1 / 3)
     step = min(change / length**2, change * (1 + size) / length)
     kept = {name: parameter.detach().clone() for name, parameter in named.items()}
     sides = []
@@ -123,6 +125,11 @@ def _by_difference(named: dict[str, nn.Parameter], slopes: dict[str, Tensor], lo
             parameter.data.copy_(kept[name])
     slope: Tensor = (sides[0] - sides[1]) / (2 * step)
     return slope
+
+
+def _coarsest(model: nn.Module) -> float:
+    """The epsilon of what the model computes in: a base in bfloat16 rounds the losses of an adapter in float32."""
+    return max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
 
 
 def _recurrent(model: nn.Module) -> bool:
