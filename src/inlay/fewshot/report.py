@@ -94,9 +94,10 @@ class Report:
         if self.agreement is not None:
             lines.append(f"agreement    {_agreement(self.agreement)}")
         first = self.seeds[0]
-        plural = "s" if first.adapters != 1 else ""
+        trained = f"{first.adapters} adapter{'s' * (first.adapters > 1)} a seed, of at most"
+        numbers = first.trainable_parameters  # none where the model is asked as it is
         lines += [
-            f"trained      {first.adapters} adapter{plural} a seed, of at most {first.trainable_parameters:,} numbers",
+            f"trained      {trained} {numbers:,} numbers" if numbers else "trained      nothing",
             f"an answer    {first.flops / 1e6:,.1f} MFLOPs, {first.tokens:.0f} tokens read",
             f"took         {duration(sum(result.seconds for result in self.seeds))}, on {self.device}",
         ]
@@ -129,7 +130,7 @@ class Report:
         picture = f"\n![Each seed's figures]({SEEDS_CHART})\n" if several else ""
         words = (
             f"# Few-shot run: {self.run['method']['kind']}\n\n```\n{self}\n```\n\n"
-            f"Labels: {', '.join(self.labels)}. Mean ± standard deviation over {len(self.seeds)} splits, then each "
+            f"Labels: {', '.join(self.labels)}. Mean ± standard deviation over the splits ({len(self.seeds)}), then each "
             f"split's own.\n{picture}\n    inlay predict {out} --data FILE\n    inlay explain {out} --data FILE\n"
         )
         write_text(out / CARD_FILE, words)
