@@ -130,8 +130,8 @@ class Report:
         picture = f"\n![Each seed's figures]({SEEDS_CHART})\n" if several else ""
         words = (
             f"# Few-shot run: {self.run['method']['kind']}\n\n```\n{self}\n```\n\n"
-            f"Labels: {', '.join(self.labels)}. Mean ± standard deviation over the splits ({len(self.seeds)}), then each "
-            f"split's own.\n{picture}\n    inlay predict {out} --data FILE\n    inlay explain {out} --data FILE\n"
+            f"Labels: {', '.join(self.labels)}. Mean ± standard deviation over the splits ({len(self.seeds)}), then "
+            f"each split's own.\n{picture}\n    inlay predict {out} --data FILE\n    inlay explain {out} --data FILE\n"
         )
         write_text(out / CARD_FILE, words)
 
