@@ -50,11 +50,11 @@ def page(runs: Mapping[str, Sequence[Run]], systems: Sequence[str], splits: int)
     ]
     sizes = sorted({run["shots"] for found in runs.values() for run in found})
     for question, pair in QUESTIONS.items():
-        for shots in sizes:
+        named = f"{question} ({pair[0]} − {pair[1]})"
+        for shots in [[size] for size in sizes] + [sizes]:
             cells = [_cell_of(difference(found, *pair, shots), splits) for found in runs.values()]
-            if any(cells):
-                name = f"{question} ({pair[0]} − {pair[1]})" if shots == sizes[0] else ""
-                lines.append("| " + " | ".join([name, str(shots), *cells]) + " |")
+            lines.append("| " + " | ".join([named, "all" if shots == sizes else str(shots[0]), *cells]) + " |")
+            named = ""
     lines += ["", "## All figures", "", "Mean ± standard deviation over the splits (their number in brackets where it"]
     lines += [f"is not {splits}). A dash: the system refused, and why is below the table."]
     for task, found in runs.items():
@@ -62,13 +62,18 @@ def page(runs: Mapping[str, Sequence[Run]], systems: Sequence[str], splits: int)
     return "\n".join(lines) + "\n"
 
 
-def difference(runs: Sequence[Run], one: str, other: str, shots: int) -> list[float]:
-    """Points of accuracy of one system less the other's, for each split that both have."""
+def difference(runs: Sequence[Run], one: str, other: str, sizes: Sequence[int]) -> list[float]:
+    """Points of accuracy of one system less the other's, for each split that both have; of several sizes the mean."""
     known = {
-        (run["system"], run["seed"]): run["accuracy"] for run in runs if "refused" not in run and run["shots"] == shots
+        (run["system"], run["seed"], run["shots"]): 100 * run["accuracy"]
+        for run in runs
+        if "refused" not in run and run["shots"] in sizes
     }
-    seeds = sorted(seed for system, seed in known if system == one and (other, seed) in known)
-    return [100 * (known[one, seed] - known[other, seed]) for seed in seeds]
+    by_split: dict[int, list[float]] = {}
+    for (system, seed, shots), accuracy in known.items():
+        if system == one and (other, seed, shots) in known:
+            by_split.setdefault(seed, []).append(accuracy - known[other, seed, shots])
+    return [statistics.fmean(points) for points in by_split.values()]
 
 
 def _cell_of(points: Sequence[float], splits: int) -> str:
@@ -79,8 +84,9 @@ def _cell_of(points: Sequence[float], splits: int) -> str:
     if len(points) == 1:
         return f"{mean:+.1f}{count}"
     error = statistics.stdev(points) / len(points) ** 0.5
+    sure = len(points) > 2 and abs(mean) > float(t.ppf(0.975, len(points) - 1)) * error
     shown = f"{mean:+.1f} ± {error:.1f}"
-    return (f"**{shown}**" if abs(mean) > float(t.ppf(0.975, len(points) - 1)) * error else shown) + count
+    return (f"**{shown}**" if sure else shown) + count
 
 
 def _table(task: str, runs: Sequence[Run], systems: Sequence[str], splits: int) -> list[str]:
