@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fewshot import toys
+from safetensors.torch import load_file
 from transformers import (
     BertForMaskedLM,
     DistilBertConfig,
@@ -103,6 +104,40 @@ def test_a_student_begins_as_the_base_and_goes_on_from_itself(problem: Problem, 
     learnt = scores(problem, place, "student")
     assert not torch.allclose(learnt, base, atol=1e-2)
     assert torch.equal(scores(problem, place.parent, "session-1/tuned"), learnt)
+
+
+def moved(problem: Problem, folder: Path) -> tuple[float, float]:
+    """How far the numbers of a teacher's head, and those of its adapter, are from their beginning at most."""
+    begun, learnt = (
+        load_file(place / "pattern-0" / "teacher" / "adapter" / "adapter_model.safetensors")
+        for place in (folder.parent / "begun", folder)
+    )
+    far = {name: float((tensor - begun[name]).abs().max()) for name, tensor in learnt.items()}
+    head = {name for name in far if ".cls." in name}
+    assert head
+    assert far.keys() - head
+    return max(far[name] for name in head), max(far[name] for name in far.keys() - head)
+
+
+def test_the_head_has_a_rate_of_its_own(problem: Problem, tmp_path: Path) -> None:
+    # AdamW moves a number by about the rate in each of its first steps, and by no more than that and some decay.
+    def taught(rates: dict[str, float], **settings: Any) -> tuple[float, float]:
+        recipe = dataclasses.replace(problem.recipe, rates=rates, warmup=0.0)
+        folder = tmp_path / f"{settings}{rates}"
+        LiST(sessions=1, **{**SMALL, **settings}).taught(
+            dataclasses.replace(problem, recipe=recipe), Stages(folder / "pattern-0"), scorer
+        )
+        return moved(problem, folder)
+
+    scorer, still = problem.mask_scorer(problem.templates[0]), dataclasses.replace(problem.recipe, steps=0)
+    LiST(sessions=1, **SMALL).taught(
+        dataclasses.replace(problem, recipe=still), Stages(tmp_path / "begun" / "pattern-0"), scorer
+    )
+    bound = 1.2 * problem.recipe.steps
+    for rates, settings, rate in (({}, {}, 1e-4), ({}, {"head_rate": 1e-6}, 1e-6), ({"freezing": 1e-5}, {}, 1e-5)):
+        head, adapter = taught(rates, **settings)
+        assert 0.1 * rate < head < bound * rate
+        assert adapter > problem.recipe.learning_rate
 
 
 def test_what_a_student_learns(problem: Problem) -> None:

@@ -114,6 +114,12 @@ def test_token_0_is_a_word_like_any_other() -> None:
     torch.testing.assert_close(scores, torch.tensor([[0.0, 2.5]]))
 
 
+@pytest.mark.parametrize("words", [3, [3], [], "", None, ["good", ""]])
+def test_words_are_text(words: object) -> None:
+    with pytest.raises(ConfigError, match="the label 'c' has no word: give it one as text, such as c=good"):
+        Verbalizer({"a": "yes", "c": words})  # type: ignore[dict-item]
+
+
 def test_labels_in_the_order_of_the_data() -> None:
     words = Verbalizer({"a": "yes", "b": "no"})
     assert words.for_labels(["b", "a"]).labels == ("b", "a")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from inlay.engine.catalogue import combining, kinds, module_of
+from inlay.engine.field_types import check_fields
 from inlay.engine.piece import KINDS, Method
 from inlay.errors import ConfigError, did_you_mean
 
@@ -42,4 +43,5 @@ def make_method(kind: str, fields: Mapping[str, Any] | None = None) -> Method:
             hint = did_you_mean(name, known)
             hint = f"{hint} It" if hint else "; it"
             raise ConfigError(f"method {kind} has no field {name!r}{hint} has: {', '.join(known)}")
+    check_fields(cls, fields or {}, f"method {kind}")
     return cls(**dict(fields or {}))

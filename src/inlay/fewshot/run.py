@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from inlay.engine.field_types import check_fields
 from inlay.errors import ConfigError, did_you_mean
 from inlay.tasks.quantised import check_load
 from inlay.train import settings as read
@@ -82,28 +83,25 @@ class FewShotRun:
     """The folder to leave everything in; by default runs/fewshot-<method>."""
 
     def __post_init__(self) -> None:
-        given: Any = self.method
-        method = {"kind": given} if isinstance(given, str) else dict(given)
-        if not isinstance(method.get("kind"), str):
-            raise ConfigError(f"method must be a name, or a mapping with `kind:`; got {self.method!r}")
-        templates = (self.templates,) if isinstance(self.templates, str) else tuple(self.templates)
-        peft: Any = self.peft
-        if peft is not None:
-            listed = [peft] if isinstance(peft, str | Mapping) else list(peft)
-            peft = [{"kind": entry} if isinstance(entry, str) else dict(entry) for entry in listed]
+        method, peft = _with_kind(self.method, "method"), self.peft
+        listed = peft if isinstance(peft, list | tuple) else [peft]
+        templates = (self.templates,) if isinstance(self.templates, str) else self.templates
         fixed: dict[str, Any] = {
+            **{name: str(value) for name, value in vars(self).items() if isinstance(value, Path)},
             "method": method,
             "templates": templates,
-            "verbalizer": {str(label): words for label, words in self.verbalizer.items()},
             "seeds": _seeds(self.seeds),
-            "peft": peft,
+            "peft": None if peft is None else [_with_kind(entry, "peft") for entry in listed],
             "out": str(self.out or f"runs/fewshot-{method['kind']}"),
         }
+        check_fields(FewShotRun, {**vars(self), **fixed}, "the run")
+        fixed["templates"] = tuple(templates)
+        fixed["verbalizer"] = {str(label): words for label, words in self.verbalizer.items()}
         for name, value in fixed.items():
             object.__setattr__(self, name, value)
         for name, low in (("shots", 0), ("find_words", 1), ("unlabelled_rows", 1), ("max_length", 1)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+            if value is not None and value < low:
                 raise ConfigError(f"{name}={value!r}: a whole number of at least {low} is needed")
         if self.find_words is not None and self.verbalizer:
             raise ConfigError("find_words looks for the labels' words, and the verbalizer gives them: leave one out")
@@ -156,6 +154,14 @@ class FewShotRun:
     def to_yaml(self) -> str:
         """The same as YAML text."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _with_kind(entry: Any, setting: str) -> dict[str, Any]:
+    """A method's settings, from a mapping or a plain name. Raises ConfigError for what is neither."""
+    fields = {"kind": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, Mapping) else {}
+    if not isinstance(fields.get("kind"), str):
+        raise ConfigError(f"{setting} must be a name, or a mapping with `kind:`; got {entry!r}")
+    return fields
 
 
 def _seeds(given: Any) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from inlay.engine.field_types import check_fields
 from inlay.engine.registry import make_method
 from inlay.errors import ConfigError, DataError, InlayError, TrainingError
 from inlay.fewshot.agreement import agreement_of_run
@@ -145,6 +146,7 @@ def prepare(run: FewShotRun) -> Ready:
     chosen = system_class(kind)
     known = [field.name for field in dataclasses.fields(chosen)]  # type: ignore[arg-type]
     known_only(fields, known, f"method {kind}")
+    check_fields(chosen, fields, f"method {kind}")
     system = chosen(**fields)
     templates = tuple(Template(source) for source in run.templates)
     splits = dict(read_splits(run.train))

@@ -107,8 +107,8 @@ class Run:
             "columns": _columns(self.columns),
             "method": _methods(self.method),
             "train": _train(self.train),
-            "seed": read.check_type(self.seed, "int", "seed"),
-            "max_length": read.check_type(self.max_length, "int | None", "max_length"),
+            "seed": read.typed(self.seed, "int", "seed"),
+            "max_length": read.typed(self.max_length, "int | None", "max_length"),
             "modules_to_save": _names(self.modules_to_save, "modules_to_save"),
             "layer_replication": _ranges(self.layer_replication),
             "task_id_column": None if self.task_id_column is None else _text(self.task_id_column, "task_id_column"),
@@ -358,7 +358,7 @@ def _train(value: Any) -> dict[str, Any]:
         if key in {field.name for field in dataclasses.fields(Run)}:
             raise ConfigError(f"train has no setting {key!r}: it belongs at the top level, not in the `train:` section")
     read.known_only(value, known, "train")
-    settings = {key: read.check_type(entry, known[key], f"train.{key}") for key, entry in value.items()}
+    settings = {key: read.typed(entry, known[key], f"train.{key}") for key, entry in value.items()}
     Options.of(settings)
     Optimisation.of(settings)
     return settings

@@ -8,10 +8,11 @@ import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import yaml
 
+from inlay.engine.field_types import check_type
 from inlay.errors import ConfigError, did_you_mean
 
 ALIASES = {
@@ -201,24 +202,12 @@ def known_only(names: Iterable[Any], known: Iterable[str], section: str) -> None
             raise ConfigError(f"{section} has no setting {name!r}{did_you_mean(str(name), known)}{has}")
 
 
-_BASIC: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_BASIC: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str, "None": None}
 
 
-def check_type(value: Any, annotation: str, key: str) -> Any:
+def typed(value: Any, annotation: str, key: str) -> Any:
     """The value, if it fits a simple annotation (`float`, `int | None`, …); others are left to their owner."""
     parts = [part.strip() for part in annotation.split("|")]
-    if value is None and "None" in parts:
-        return None
-    if not set(parts) <= {*_BASIC, "None"}:
-        return value
-    types = [_BASIC[part] for part in parts if part != "None"]
-    if isinstance(value, bool):
-        good = bool in types
-    elif isinstance(value, int) and float in types:
-        good = True
-    else:
-        good = isinstance(value, tuple(types))
-    if not good:
-        raise ConfigError(f"{key} must be {' or '.join(_WORDS[kind] for kind in types)}, got {value!r}")
+    if set(parts) <= set(_BASIC):
+        check_type(value, Union[*(_BASIC[part] for part in parts)], key)
     return value

@@ -20,6 +20,7 @@ from transformers import Adafactor, PreTrainedModel, get_scheduler
 
 from inlay.engine.adapters import adapters_of, controllers
 from inlay.engine.controller import Controller
+from inlay.engine.field_types import check_fields, check_type
 from inlay.errors import ConfigError, TrainingError, did_you_mean
 from inlay.fewshot.learning.modes import in_mode
 from inlay.fewshot.learning.objectives import Objective, Step, as_targets
@@ -53,26 +54,22 @@ class Recipe:
     """Other peaks for some methods of the adapter, by their kind: {"full": 1e-5}."""
 
     def __post_init__(self) -> None:
+        check_fields(Recipe, vars(self), "recipe")
         for name, low in (("steps", 0), ("batch_size", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ConfigError(f"{name}={value!r}: a whole number of at least {low} is needed")
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: a whole number of at least {low} is needed")
         if self.optimizer not in ("adamw", "adafactor"):
             raise ConfigError(f"optimizer={self.optimizer!r}: choose one of adamw, adafactor")
         for name, rate in {"learning_rate": self.learning_rate, **self.rates}.items():
-            if not _number(rate) or not rate > 0 or not math.isfinite(rate):
+            check_type(rate, float, f"recipe: {name}")
+            if not rate > 0 or not math.isfinite(rate):
                 raise ConfigError(f"{name}={rate!r}: a number above 0 is needed")
-        if not _number(self.warmup) or not 0 <= self.warmup <= 1:
+        if not 0 <= self.warmup <= 1:
             raise ConfigError(f"warmup={self.warmup!r}: a share of the steps, from 0 to 1, is needed")
-        if not _number(self.clip) or not self.clip > 0:
+        if not self.clip > 0:
             raise ConfigError(f"clip={self.clip!r}: a number above 0 is needed; float('inf') clips nothing")
-        if not _number(self.weight_decay) or not 0 <= self.weight_decay < math.inf:
+        if not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"weight_decay={self.weight_decay!r}: a number of at least 0 is needed")
-
-
-def _number(value: object) -> bool:
-    """Whether it is one: YAML reads 1e-3, which lacks a point, as text."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,9 +31,10 @@ class Verbalizer:
             raise ConfigError(f"a verbalizer is a mapping such as {{'neg': 'terrible'}}, got {self.words!r}")
         plain: dict[str, tuple[str, ...]] = {}
         for label, given in self.words.items():
-            listed = (given,) if isinstance(given, str) else tuple(given)
+            listed = tuple(given) if isinstance(given, list | tuple) else (given,)
             if not listed or not all(isinstance(word, str) and word.strip() for word in listed):
-                raise ConfigError(f"the label {label!r} has no word: give it one, such as {label}=good")
+                got = f", got {given!r}" if given else ""
+                raise ConfigError(f"the label {label!r} has no word: give it one as text, such as {label}=good{got}")
             plain[str(label)] = tuple(dict.fromkeys(word.strip() for word in listed))
         object.__setattr__(self, "words", plain)
         owners: dict[str, str] = {}

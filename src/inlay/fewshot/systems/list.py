@@ -6,7 +6,8 @@
                 the student goes on with the labelled rows, and is the next teacher
 
 Adapters are linear (x + W_up W_down x, width 128) behind attention and feed-forward network; of the head all but the
-vocabulary's matrix is trained too. The weights are `meta_weights.py`'s.
+vocabulary's matrix is trained too, at a rate of its own: what suits an adapter destroys pretrained weights. The row
+weights w are `meta_weights.py`'s.
 
 Wang et al. 2021, "LiST: Lite Prompted Self-training Makes Parameter-Efficient Few-shot Learners", arXiv:2110.06274.
 """
@@ -66,6 +67,8 @@ class LiST(System):
     """T: below 1 the pseudo-labels are sharper than the teacher's probabilities."""
     head: bool = True
     """Whether the language model's head, but for the vocabulary's matrix, is trained too."""
+    head_rate: float = 1e-4
+    """The head's own peak rate; the recipe's is the adapter's."""
 
     def __post_init__(self) -> None:
         for name, low in (("sessions", 1), ("epochs", 0), ("labelled", 1)):
@@ -75,8 +78,9 @@ class LiST(System):
         for name in ("warmup", "threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: a share from 0 to 1 is needed")
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature={self.temperature!r}: a number above 0 is needed")
+        for name in ("temperature", "head_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: a number above 0 is needed")
         known_only(self.student, [field.name for field in dataclasses.fields(Recipe)], "student")
         object.__setattr__(self, "student", {**STUDENT, **self.student})
         Recipe(**self.student)  # numbers that cannot be meant are an error now
@@ -94,23 +98,32 @@ class LiST(System):
 
     def taught(self, problem: Problem, stages: Stages, scorer: Scorer) -> Predictor:
         """The last session's student, for one pattern."""
-        head = language_head(problem.base.model(scorer.auto), problem.methods) if self.head else None
-        methods = problem.methods if head is None else (*problem.methods, head)
-        trained = functools.partial(problem.trained, methods=methods)
-        teacher = trained(stages, "teacher", scorer)
+        problem = self.with_head(problem, scorer)
+        teacher = problem.trained(stages, "teacher", scorer)
         for session in range(1, self.sessions + 1):
             part, seed = stages.within(f"session-{session}"), derived(problem.seed, "session", session)
             soft = part.tensor(
                 "pseudo-labels", functools.partial(self.pseudo_labels, problem, teacher), temperature=self.temperature
             )
-            student = trained(
+            student = problem.trained(
                 part, "student", scorer, (problem.unlabelled, soft),
                 objective=self.objective(problem), recipe=self.of_student(problem), seed=seed,
             )  # fmt: skip
-            teacher = trained(
+            teacher = problem.trained(
                 part, "tuned", scorer, recipe=self.of_tuning(problem), seed=seed, start=student.adapter
             )  # fmt: skip
         return teacher
+
+    def with_head(self, problem: Problem, scorer: Scorer) -> Problem:
+        """The same, with the language model's head among what is trained."""
+        head = language_head(problem.base.model(scorer.auto), problem.methods) if self.head else None
+        if head is None:
+            return problem
+        # Rates go by kind: where an adapter holds copies of weights itself, the recipe is theirs and the head's.
+        alone = all(method.kind != head.kind for method in problem.methods)
+        rates = {**({head.kind: self.head_rate} if alone else {}), **problem.recipe.rates}
+        recipe = dataclasses.replace(problem.recipe, rates=rates)
+        return dataclasses.replace(problem, methods=(*problem.methods, head), recipe=recipe)
 
     def pseudo_labels(self, problem: Problem, teacher: Predictor) -> Tensor:
         """The teacher's probabilities about the unlabelled rows, (rows, labels)."""
