@@ -186,5 +186,5 @@ def _log_norm(logits: Tensor) -> Tensor:
     A few rows at a time: with 250,002 tokens what lies between would be hundreds of megabytes of fresh memory, and
     asking for it took as long as the head's product.
     """
-    rows = logits.flatten(0, -2).split(max(1, AT_ONCE // logits.shape[-1]))
+    rows: tuple[Tensor, ...] = logits.flatten(0, -2).split(max(1, AT_ONCE // logits.shape[-1]))  # type: ignore[no-untyped-call]
     return torch.cat([part.float().logsumexp(-1) for part in rows]).view(logits.shape[:-1])
