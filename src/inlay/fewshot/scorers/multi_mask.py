@@ -156,11 +156,12 @@ class MultiMaskScorer(MaskScorer):
         places = batch["masks"].nonzero()[:, 1].view(-1, width)
         for start in range(0, len(states), batch_size):
             row, state = states[start : start + batch_size, 0], states[start : start + batch_size, 1:]
-            known = state >= 0
-            ids, masks = batch["input_ids"][row], batch["masks"][row]
+            known, attention = state >= 0, batch["attention_mask"][row]
+            read = slice(int(attention.sum(-1).max()))  # these rows may be shorter than the longest of all
+            ids, masks = batch["input_ids"][row, read], batch["masks"][row, read]
             ids[masks] = torch.where(known, state, ids.gather(1, places[row])).flatten()
             open_places = masks.scatter(1, places[row], ~known)
-            inputs = {"input_ids": ids, "attention_mask": batch["attention_mask"][row]}
+            inputs = {"input_ids": ids, "attention_mask": attention[:, read]}
             with head_at(model, open_places):
                 logits = model(**{name: inputs[name] for name in MODEL_INPUTS}).logits[:, 0]
             logits = logits.view(len(row), -1, logits.shape[-1])
