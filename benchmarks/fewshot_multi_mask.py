@@ -8,7 +8,9 @@ with random weights, which costs what a trained one does. Each round both ways s
 same scores. Time is CPU time of one thread; the ratio is the median of the rounds' ratios. Beside it stand the
 operations of both ways: a thread that is busy either way gains by batching little more than what the batched way leaves
 out. In the parts called -bfloat16 the batched way computes in bfloat16, as `--dtype bfloat16` does, and the peer in
-float32 as ever: how many of the answers are the same is part of the result.
+float32 as ever: how many of the answers are the same is part of the result. In the part called -by_length the peer
+still takes one row at a time, and its labels of equal length together, with one first pass for all of them: the same
+authors' later form, for many labels.
 
     python benchmarks/fewshot_multi_mask.py [--rounds N] [--only minilm-max_first]
 """
@@ -38,7 +40,8 @@ DATA = Path(__file__).parents[1] / "examples" / "data" / "test.jsonl"
 ROWS, BATCH, LEAST = 100, 32, 3
 COUNTS = {"minilm": 18, "multilingual": 6}
 """How many of the labels are asked about."""
-HALF = "-bfloat16"
+HALF, BY_LENGTH = "-bfloat16", "-by_length"
+Peer = Callable[[PreTrainedModel, MultiMaskScorer, list[Row]], Tensor]
 
 
 def load(shape: str, decode: Any) -> tuple[PreTrainedModel, list[Row], MultiMaskScorer]:
@@ -81,14 +84,36 @@ def one_by_one(model: PreTrainedModel, scorer: MultiMaskScorer, rows: list[Row])
     return found
 
 
-def measure(shape: str, decode: str, half: bool, rounds: int) -> dict[str, Any]:
+@torch.no_grad()
+def by_length(model: PreTrainedModel, scorer: MultiMaskScorer, rows: list[Row]) -> Tensor:
+    """Scores (rows, labels), max-first: one row after another, its labels of one length together."""
+    words = [listed[0] for listed in scorer.verbalizer.tokens(scorer.tokenizer, scorer.template).values()]
+    found = torch.zeros(len(rows), len(words))
+    for index, row in enumerate(rows):
+        for width in sorted({len(word) for word in words}):
+            labels = [label for label, word in enumerate(words) if len(word) == width]
+            encoded = scorer.encoder([scorer.template.render(row, masks=width)])[0]
+            ids = torch.tensor([encoded.ids])
+            likely = model(input_ids=ids).logits.softmax(-1).expand(len(labels), -1, -1)
+            ids, left = ids.repeat(len(labels), 1), [dict(zip(encoded.masks, words[at], strict=True)) for at in labels]
+            for step in range(width):
+                likely = model(input_ids=ids).logits.softmax(-1) if step else likely
+                for number, label in enumerate(labels):
+                    asked = {place: likely[number, place, token].log().item() for place, token in left[number].items()}
+                    place = max(asked, key=lambda place: asked[place])
+                    found[index, label] += asked[place]
+                    ids[number, place] = left[number].pop(place)
+    return found
+
+
+def measure(shape: str, decode: str, rounds: int, half: bool = False, peer: Peer = one_by_one) -> dict[str, Any]:
     """Time both ways, and see that they find the same."""
     model, rows, scorer = load(shape, decode)
     batched = copy.deepcopy(model).to(torch.bfloat16) if half else model
     found: dict[str, Tensor] = {}
     ways: dict[str, Callable[[], Tensor]] = {
         "batched": lambda: scorer.scores(batched, rows, batch_size=BATCH),
-        "one by one": lambda: one_by_one(model, scorer, rows),
+        "one by one": lambda: peer(model, scorer, rows),
     }
     seconds = interleaved({name: partial(_kept, found, name, way) for name, way in ways.items()}, rounds, warm=0)
     difference = (found["batched"] - found["one by one"]).abs()
@@ -131,11 +156,12 @@ def main() -> None:
     options = arguments(__doc__, rounds=LEAST).parse_args()
     torch.set_num_threads(1)
     results = Results("fewshot_multi_mask", options, least=LEAST)
-    parts = {f"{shape}-{decode}": (shape, decode, False) for shape in COUNTS for decode in DECODES}
-    parts |= {f"minilm-{decode}{HALF}": ("minilm", decode, True) for decode in DECODES}
+    parts = {f"{shape}-{decode}": partial(measure, shape, decode) for shape in COUNTS for decode in DECODES}
+    parts |= {f"minilm-{decode}{HALF}": partial(measure, "minilm", decode, half=True) for decode in DECODES}
+    parts[f"minilm-max_first{BY_LENGTH}"] = partial(measure, "minilm", "max_first", peer=by_length)
     for name in chosen(list(parts), options.only):
         settings = {"rows": ROWS, "batch": BATCH, "rounds": results.rounds}
-        record = results.part(name, settings, partial(measure, *parts[name], results.rounds))
+        record = results.part(name, settings, partial(parts[name], rounds=results.rounds))
         rounds = ", ".join(f"{ratio:.1f}" for ratio in record["ratios"])
         saved = f"{record['flops_ratio']:.1f} times fewer operations"
         same = f"{record['same_answers']:.0%} of the answers the same"
