@@ -93,6 +93,18 @@ def test_the_filter_keeps_the_nearest_rounded_up(keep: float) -> None:
             assert all(abs(near - 5) <= abs(far - 5) for near in kept for far in left)
 
 
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.9])
+def test_equally_near_rows_are_told_apart_by_their_place_and_not_by_rounding(keep: float) -> None:
+    made = demonstrations(keep=keep, embed=circle)
+    draw = torch.Generator().manual_seed(0)
+    for query in range(len(TEXTS)):  # the rows on both sides of it are equally near
+        likeness = circle([TEXTS[query]])[0].double() @ circle(TEXTS).double().T
+        expected = made.nearest(likeness)
+        for _ in range(20):
+            assert made.nearest(likeness + 2e-7 * torch.randn(len(TEXTS), generator=draw)) == expected
+            # as another order of summing, or another batch, would make it
+
+
 def test_inference_sets_depend_on_the_query_alone(base: Base) -> None:
     made = demonstrations(keep=0.5, embed=circle, sets=8)
     together = made.shown(base, QUERIES)

@@ -120,12 +120,13 @@ class Demonstrations:
     def nearest(self, likeness: Tensor | None, without: int | None = None) -> list[list[int]]:
         """Of each class the numbers of the ⌈keep · n⌉ rows that are most alike (rows,), nearest first.
 
-        Row number `without` is left out, and not counted in n. Ties: the earlier row. None: everything is kept.
+        Row number `without` is left out, and not counted in n. Ties, cosines that agree to five decimals: the earlier
+        row, so that the rounding of another batch, or another order of summing, changes nothing. None: all is kept.
         """
         pools = [[number for number in numbers if number != without] for numbers in self._classes.values()]
         if likeness is None:
             return pools
-        values = likeness.tolist()
+        values = [round(value, 5) for value in likeness.tolist()]
         return [
             sorted(pool, key=lambda number: -values[number])[: math.ceil(self.keep * len(pool) - 1e-9)]
             for pool in pools
