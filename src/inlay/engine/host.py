@@ -374,4 +374,3 @@ def close_host(module: nn.Module) -> None:
     module.__class__ = base_class(type(module))
     if inlays.own_forward is not None:
         module.__dict__["forward"] = inlays.own_forward
-

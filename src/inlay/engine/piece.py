@@ -272,7 +272,9 @@ def _settings(piece: Piece) -> dict[str, Any]:
         f"{path}.{name}" if path else name: value
         for path, module in piece.named_modules()
         for name, value in vars(module).items()
-        if isinstance(value, SETTING) and name not in ("training", "dropout", "parameter") and name[0] != "_"
+        if isinstance(value, SETTING)
+        and name not in ("training", "dropout", "parameter")
+        and name[0] != "_"
         # Modules in a tuple are another piece's, which is compared by itself.
         and not (isinstance(value, tuple) and any(isinstance(entry, nn.Module) for entry in value))
     }

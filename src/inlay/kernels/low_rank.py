@@ -21,9 +21,7 @@ from torch import Tensor, nn
 CONVOLUTIONS: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
-def linear(
-    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, gate: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, gate: Tensor | None = None) -> Tensor:
     """(g ⊙ x Aᵀ) Bᵀ for x (rows, …, in): (rows, …, out), in the dtype of x; the gate g is (rows or 1, r)."""
     h = F.linear(x, a.to(x.dtype))
     if gate is not None:

@@ -63,9 +63,7 @@ class BitFit(CopyMethod):
             return chosen
         paths = {site.path for site in named if item is not None or "head" not in site.roles}
         return chosen + [
-            site
-            for site in index.sites
-            if site.path in paths and site.kind in ("linear", "conv") and site.bias is None
+            site for site in index.sites if site.path in paths and site.kind in ("linear", "conv") and site.bias is None
         ]
 
     def build(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Site, Piece]]:
@@ -82,9 +80,7 @@ class AddedBias(Piece):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.axes = site.weight.dim() - 2 if site.kind == "conv" else 0
-        self.added = nn.Parameter(
-            torch.zeros(site.out_features, dtype=trainable_dtype(site.dtype), device=site.device)
-        )
+        self.added = nn.Parameter(torch.zeros(site.out_features, dtype=trainable_dtype(site.dtype), device=site.device))
 
     def forward(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         y = inner(*args, **kwargs)

@@ -116,6 +116,7 @@ def _orthogonal(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
     b.copy_(torch.randn(b.shape[0], r // 2, dtype=b.dtype, device=b.device) @ odd / 10)
     return a, b
 
+
 def smaller_side(site: Site) -> int:
     """The highest rank that a weight has: of a stack of matrices (experts), each of them."""
     if site.kind == "linear":

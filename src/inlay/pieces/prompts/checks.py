@@ -38,6 +38,4 @@ def check_start(method: Any) -> None:
 def check_entry(method: Method) -> None:
     """Raise ConfigError where a method that sits at the model's entry is told another place."""
     if method.targets is not None or method.exclude is not None or method.layers is not None or method.overrides:
-        raise ConfigError(
-            f"{type(method).__name__} sits at the model's entry: it has no targets, layers or overrides"
-        )
+        raise ConfigError(f"{type(method).__name__} sits at the model's entry: it has no targets, layers or overrides")

@@ -30,9 +30,7 @@ def prefixes(pieces: Sequence[tuple[Site, Piece]]) -> list[PrefixAttention]:
     return [piece for _, piece in pieces if isinstance(piece, PrefixAttention)]
 
 
-def prefix_tensors(
-    placed: Sequence[PrefixAttention], projected: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def prefix_tensors(placed: Sequence[PrefixAttention], projected: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(n, all layers' keys and values); for the second file what projects them, by the number of the layer."""
     extra = {
         f"{number}.{name}": tensor
@@ -52,9 +50,7 @@ def take_prefix(
     stored = take(tensors, PROMPT, expected[PROMPT].shape)
     if projected:
         if not extra:
-            raise CheckpointError(
-                "the second file, with the projection behind the prefix, is missing: load with it"
-            )
+            raise CheckpointError("the second file, with the projection behind the prefix, is missing: load with it")
         take_all(more, extra)
         return
     parts = torch.split(stored, [piece.source().shape[1] for piece in placed], dim=-1)
